@@ -1,0 +1,50 @@
+"""sparing finds what matters in a transformer's context and spends memory and compute only there.
+
+Importing the package imports neither torch nor transformers; its names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "use": "sparing.session",
+    "Session": "sparing.session",
+    "Evict": "sparing.core.method",
+    "Method": "sparing.core.method",
+    "methods": "sparing.core.method",
+    "parse_method": "sparing.core.method",
+    "Plan": "sparing.core.plan",
+    "Uniform": "sparing.core.allocate",
+    "Pyramid": "sparing.core.allocate",
+    "Proportional": "sparing.core.allocate",
+    "AdaptiveHeads": "sparing.core.allocate",
+    "GlobalTopK": "sparing.core.allocate",
+    "SparingError": "sparing.errors",
+    "Random": "sparing.methods.kv.random",
+    "StreamingLLM": "sparing.methods.kv.streaming_llm",
+    "H2O": "sparing.methods.kv.h2o",
+    "SnapKV": "sparing.methods.kv.snapkv",
+    "PyramidKV": "sparing.methods.kv.pyramidkv",
+    "AdaKV": "sparing.methods.kv.adakv",
+    "TOVA": "sparing.methods.kv.tova",
+    "Knorm": "sparing.methods.kv.knorm",
+    "KeyDiff": "sparing.methods.kv.keydiff",
+    "ExpectedAttention": "sparing.methods.kv.expected_attention",
+    "Leverage": "sparing.methods.kv.leverage",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparing' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,88 @@
+"""The one attention function.
+
+It computes dense attention exactly as the model would have, over whatever the layer returns, hands queries, keys
+and values to the layer that owns the cache, and attends over ragged heads once a layer is compressed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sparing.adapters.layers import EvictingLayer, RaggedHandle, take_updated_layer
+from sparing.adapters.masks import LazyMask, lazy_mask
+from sparing.core.scorer import Softmax
+from sparing.errors import UnsupportedModelError
+
+AttentionResult = tuple[Tensor, Tensor | None]
+
+# Our names, by the implementation that the model was loaded with. Names that hold "flash", "sdpa" or
+# "flex_attention" have a meaning of their own in transformers and must be avoided.
+NAMES = {"sdpa": "sparing", "eager": "sparing_eager"}
+
+
+def register() -> None:
+    """Make the functions known to transformers, under both interfaces: without the mask padding would be lost."""
+    for base, name in NAMES.items():
+        AttentionInterface.register(name, attention_over(base))
+        AttentionMaskInterface.register(name, lazy_mask(base))
+
+
+def unregister() -> None:
+    """Leave transformers as it was."""
+    for name in NAMES.values():
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def attention_over(base: str) -> Callable[..., AttentionResult]:
+    """The attention function for models that were loaded with the implementation `base`."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> AttentionResult:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        if isinstance(key, RaggedHandle):
+            if kwargs.get("position_bias") is not None:
+                problem = "adds a position bias to its logits, which ragged heads do not offer"
+                raise UnsupportedModelError(type(module).__name__, problem)
+            take_updated_layer()
+            padding = attention_mask.padding if isinstance(attention_mask, LazyMask) else None
+            return key.layer.attend(query, softmax, padding).transpose(1, 2).contiguous(), None
+        layer = take_updated_layer()
+        padding = attention_mask.padding if isinstance(attention_mask, LazyMask) else None
+        mask = attention_mask.for_base() if isinstance(attention_mask, LazyMask) else attention_mask
+        if layer is not None:
+            layer.receive(key)
+            mask = layer.short_mask(query, mask, base)
+        out = _base_attention(base, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        if layer is not None:
+            layer.observe(query, key, value, softmax, padding)
+        return out
+
+    return attention
+
+
+def _base_attention(base: str, module: nn.Module) -> Callable[..., AttentionResult]:
+    """What the model would have called: sdpa is shared, eager is the model file's own."""
+    if base == "eager":
+        function: Callable[..., AttentionResult] = sys.modules[type(module).__module__].eager_attention_forward
+        return function
+    shared: Callable[..., AttentionResult] = ALL_ATTENTION_FUNCTIONS[base]
+    return shared
+
+
+__all__ = ["NAMES", "EvictingLayer", "attention_over", "register", "unregister"]

@@ -1,0 +1,56 @@
+"""What sparing needs to know of a model, read from its configuration and modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from sparing.adapters.rotary import ModelRotary, find_rotary
+from sparing.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's structure.
+
+    Attributes:
+        name: for messages.
+        config: the configuration that the cache is built from.
+        full_layers: cache indices of plain full-attention layers, the ones that can be compressed.
+        rotates: True if keys are cached rotated. rotary: how to invert that; None if unknown or not rotated.
+    """
+
+    name: str
+    config: Any
+    full_layers: tuple[int, ...]
+    rotates: bool
+    rotary: ModelRotary | None
+
+
+def read_structure(model: nn.Module) -> Structure:
+    """Read a model.
+
+    Raises:
+        UnsupportedModelError: not a transformers decoder whose attention can be exchanged, or no layer to compress.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(name, "not a transformers model", "load it with AutoModelForCausalLM")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(name, "encoder-decoder models are not supported", "use a decoder-only model")
+    if not model._can_set_attn_implementation():
+        problem = "its attention does not go through transformers' AttentionInterface"
+        raise UnsupportedModelError(name, problem, "use a model type that supports attn_implementation='sdpa'")
+    layers = DynamicCache(config=model.config).layers
+    full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
+    if not full:
+        problem = "it has no plain full-attention layer (sliding windows and state spaces have nothing to evict)"
+        raise UnsupportedModelError(name, problem, "run it without sparing")
+    text = model.config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rotates, rotary = find_rotary(model, head_dim)
+    return Structure(name, model.config, full, rotates, rotary)

@@ -1,0 +1,144 @@
+"""What a scorer sees and what it returns.
+
+A scorer is a frozen dataclass. It may watch the attention calls of the prompt (`observe`, called once per chunk
+and layer, building up a small state), and then scores the stored tokens (`score`). A scorer that follows
+decoding as well implements `step`. Scorers see tensors only; hooks, caches and rounding are elsewhere.
+
+Shape legend: B rows (sequences), Hq query heads, H KV heads, G = Hq / H, Q query tokens, N stored tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rotary(Protocol):
+    """The model's own rotary position embedding, as a linear map."""
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x (B, heads, T, D) to positions (B, T)."""
+        ...
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The inverse of `rotate`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """How the model turns dot products into attention.
+
+    Attributes:
+        scaling: factor on q·k (usually 1/sqrt(D)).
+        softcap: logits become softcap * tanh(logits / softcap); None for no cap.
+        sinks: (Hq,) learned logits that take part in the normalisation only (gpt-oss); None for none.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """The tokens that a layer stores, padded to the longest head.
+
+    Attributes:
+        keys, values: (B, H, N, D) as cached: rotated to their original positions where the model rotates.
+        valid: (B, H, N) bool; False for pads and for slots beyond a head's length.
+        positions: (B, H, N) int64 positions in the sequence as the cache counts them, left pads counted.
+        pads: (B,) int64 left pads per row; `positions - pads` are the model's position ids.
+        layer, num_layers: which of the compressed layers this is, and how many there are.
+        rotary: the model's rotary embedding; None if the model rotates nothing.
+    """
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    positions: Tensor
+    pads: Tensor
+    layer: int
+    num_layers: int
+    rotary: Rotary | None
+
+    @property
+    def true_positions(self) -> Tensor:
+        """(B, H, N) position ids as the model counted them, pads not counted, at least 0."""
+        return (self.positions - self.pads[:, None, None]).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The queries of one attention call, all of them prompt tokens.
+
+    Attributes:
+        states: (B, Hq, Q, D) after the model's normalisation and rotation.
+        positions: (Q,) int64 positions in the sequence, left pads counted.
+        valid: (B, Q) bool; False for pads.
+        softmax: how the model turns logits into attention.
+    """
+
+    states: Tensor
+    positions: Tensor
+    valid: Tensor
+    softmax: Softmax
+
+
+class Scorer:
+    """Base of all scorers: higher = keep.
+
+    Class attributes:
+        comparable_across_heads: True if scores of different heads mean the same (attention mass does, norms do
+            not). Where False, allocators that let heads compete see scores standardised per head.
+        needs_rotary: True if the model's rotary embedding must be invertible for this scorer.
+        follows_decoding: True if `step` is implemented.
+        step_needs_attention: True if `step` needs the attention of the new tokens.
+    """
+
+    comparable_across_heads: ClassVar[bool] = True
+    needs_rotary: ClassVar[bool] = False
+    follows_decoding: ClassVar[bool] = False
+    step_needs_attention: ClassVar[bool] = False
+
+    def observe(self, state: Any, queries: Queries, stored: KeyValues) -> Any:
+        """Watch one chunk of the prompt; `stored` already holds the chunk's own tokens.
+
+        Args:
+            state: what this method returned for the chunk before, None for the first.
+
+        Returns:
+            The new state: a tensor, or a tuple or dict of tensors. Nothing in it may be (B, Hq, N, N).
+        """
+        return None
+
+    def score(self, state: Any, stored: KeyValues) -> Tensor:
+        """(B, H, N) float32 scores of the stored tokens, finite where valid."""
+        raise NotImplementedError
+
+    def protects(self, tokens_per_head: int) -> tuple[int, int]:
+        """(first, recent): how many tokens at both ends are kept before all others, given the budget."""
+        return (0, 0)
+
+    def step(self, scores: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
+        """New (B, H, N) scores after tokens were decoded.
+
+        Args:
+            scores: (B, H, N) scores so far; 0 for the new tokens.
+            attention: (B, H, G, Q, N) probabilities of the new tokens' rows if `step_needs_attention`.
+            positions: (B, H, N) positions of the stored tokens.
+        """
+        raise NotImplementedError
+
+
+def standardised(values: Tensor, valid: Tensor) -> Tensor:
+    """Per row and head: subtract the mean and divide by the standard deviation of the valid entries."""
+    count = valid.sum(-1, keepdim=True).clamp_min(1)
+    kept = values.masked_fill(~valid, 0.0)
+    mean = kept.sum(-1, keepdim=True) / count
+    centred = (values - mean).masked_fill(~valid, 0.0)
+    deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    return centred / deviation.clamp_min(torch.finfo(values.dtype).tiny)

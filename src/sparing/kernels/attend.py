@@ -1,0 +1,132 @@
+"""Attention of new queries over a ragged store, in torch: one call for even lanes, one per lane otherwise.
+
+Queries of a KV head's group are packed as rows of one matrix, so keys are read once per group and never repeated.
+Nothing is padded and nothing is copied. A native kernel would be chosen in `attend`, for one query token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparing.core.scorer import Softmax
+from sparing.kernels.ragged import RaggedStore
+
+# Rows of queries per call: bounds the causal mask to (ROWS, n) however long a later turn is.
+ROWS = 256
+
+
+def attend(query: Tensor, store: RaggedStore, softmax: Softmax) -> Tensor:
+    """Attention output of the newest tokens; the store already holds their keys, which they see causally.
+
+    Args:
+        query: (B, Hq, q, D).
+
+    Returns:
+        (B, Hq, q, Dv).
+    """
+    if query.shape[2] > ROWS:
+        tiles = []
+        for start in range(0, query.shape[2], ROWS):
+            stop = min(start + ROWS, query.shape[2])
+            tiles.append(_attend_tile(query[:, :, start:stop], store, softmax, query.shape[2] - stop))
+        return torch.cat(tiles, dim=2)
+    return _attend_tile(query, store, softmax, 0)
+
+
+def attend_with_rows(query: Tensor, store: RaggedStore, softmax: Softmax) -> tuple[Tensor, Tensor]:
+    """Attention output and the probabilities behind it, for methods that follow decoding.
+
+    Returns:
+        (B, Hq, q, Dv) and (B, H, G, q, N) in float32, padded with 0 to the longest lane.
+    """
+    batch, query_heads, count, dim = query.shape
+    heads = store.kv_heads
+    grouped = query.view(batch * heads, -1, dim)
+    longest = max(store.lengths.tolist())
+    rows = torch.zeros(batch * heads, grouped.shape[1], longest, device=query.device)
+    out = query.new_empty(batch * heads, grouped.shape[1], store.values.shape[-1])
+    sinks = _sinks(softmax, heads, batch, count)
+    for lane in range(batch * heads):
+        keys, values = store.lane(lane)
+        mask = _causal(count, keys.shape[0], grouped.shape[1] // count, query.device)
+        probabilities = _probabilities(grouped[lane], keys, softmax, mask, None if sinks is None else sinks[lane])
+        rows[lane, :, : keys.shape[0]] = probabilities
+        out[lane] = probabilities.to(values.dtype) @ values
+    shape = (batch, heads, query_heads // heads, count)
+    return out.view(batch, query_heads, count, -1), rows.view(*shape, longest)
+
+
+def _attend_tile(query: Tensor, store: RaggedStore, softmax: Softmax, after: int) -> Tensor:
+    """As `attend`, for queries that are followed by `after` newer tokens, whose keys they must not see."""
+    batch, query_heads, count, dim = query.shape
+    heads = store.kv_heads
+    grouped = query.reshape(batch, heads, -1, dim)
+    groups = grouped.shape[2] // count
+    if softmax.softcap is not None or softmax.sinks is not None:
+        return _attend_explicit(grouped, store, softmax, count, after).view(batch, query_heads, count, -1)
+    even = store.even
+    if even is not None:
+        keys, values = store.stacked()
+        keys, values = keys[:, :, : even - after], values[:, :, : even - after]
+        mask = _causal(count, even - after, groups, query.device)
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=softmax.scaling)
+        return out.reshape(batch, query_heads, count, -1)
+    lanes = []
+    flat = grouped.flatten(0, 1)
+    for lane in range(batch * heads):
+        keys, values = store.lane(lane)
+        seen = keys.shape[0] - after
+        mask = _causal(count, seen, groups, query.device)
+        lanes.append(
+            F.scaled_dot_product_attention(
+                flat[lane, None, None], keys[None, None, :seen], values[None, None, :seen],
+                attn_mask=mask, scale=softmax.scaling,
+            )[0, 0]
+        )  # fmt: skip
+    return torch.stack(lanes).view(batch, query_heads, count, -1)
+
+
+def _attend_explicit(grouped: Tensor, store: RaggedStore, softmax: Softmax, count: int, after: int) -> Tensor:
+    """With a softcap or learned sinks, which the fused attention does not offer."""
+    batch, heads = grouped.shape[:2]
+    sinks = _sinks(softmax, heads, batch, count)
+    lanes = []
+    for lane, queries in enumerate(grouped.flatten(0, 1)):
+        keys, values = store.lane(lane)
+        keys, values = keys[: keys.shape[0] - after], values[: values.shape[0] - after]
+        mask = _causal(count, keys.shape[0], queries.shape[0] // count, queries.device)
+        probabilities = _probabilities(queries, keys, softmax, mask, None if sinks is None else sinks[lane])
+        lanes.append(probabilities.to(values.dtype) @ values)
+    return torch.stack(lanes)
+
+
+def _probabilities(
+    queries: Tensor, keys: Tensor, softmax: Softmax, mask: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    """(rows, n) attention in float32; learned sinks take part in the normalisation only."""
+    logits = (queries @ keys.T).float() * softmax.scaling
+    if softmax.softcap is not None:
+        logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is None:
+        return logits.softmax(-1)
+    return torch.cat([logits, sinks[:, None]], dim=-1).softmax(-1)[:, :-1]
+
+
+def _sinks(softmax: Softmax, heads: int, batch: int, count: int) -> Tensor | None:
+    """(lanes, G * q) learned sink logits per packed query row."""
+    if softmax.sinks is None:
+        return None
+    per_row = softmax.sinks.float().view(heads, -1).repeat_interleave(count, dim=1)
+    return per_row.repeat(batch, 1)
+
+
+def _causal(count: int, length: int, groups: int, device: torch.device) -> Tensor | None:
+    """(G * q, n) bool: the newest q of n tokens see each other causally; None for a single query."""
+    if count == 1:
+        return None
+    mask = torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
+    return mask.repeat(groups, 1)

@@ -1,0 +1,207 @@
+"""Keys and values whose length differs per sequence and KV head, packed without padding.
+
+A *lane* is one (sequence, KV head) pair: lane = sequence * kv_heads + head. All lanes lie one after another in
+flat buffers, each with some slack to grow into, so that appending a token writes one row per lane and copies
+nothing; when a lane is full, all are laid out again with new slack (amortised: once in `slack` tokens).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MIN_SLACK = 16
+# Slack is this share of a lane: 1.6 % more bytes, for one re-layout every length/64 tokens.
+SLACK_SHARE = 1 / 64
+
+
+@dataclass
+class RaggedStore:
+    """The tokens of one layer.
+
+    Attributes:
+        rows, kv_heads: sequences and KV heads; `rows * kv_heads` lanes.
+        keys: (capacity, D). values: (capacity, Dv). positions: (capacity,) int32 positions in the sequence.
+        scores: (capacity,) float32, only for methods that follow decoding.
+        starts: (lanes,) int64, where each lane begins. lengths: (lanes,) int64, tokens it holds.
+        capacities: (lanes,) int64, tokens it has room for.
+    """
+
+    rows: int
+    kv_heads: int
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor | None
+    starts: Tensor
+    lengths: Tensor
+    capacities: Tensor
+    _length_list: list[int] = field(default_factory=list)
+    _start_list: list[int] = field(default_factory=list)
+
+    @classmethod
+    def pack(
+        cls, kept: list[list[Tensor]], keys: Tensor, values: Tensor, positions: Tensor, scores: Tensor | None
+    ) -> RaggedStore:
+        """Copy the kept tokens of padded tensors into new storage.
+
+        Args:
+            kept: [row][kv_head] → slots to keep, in order.
+            keys, values: (B, H, N, D). positions: (B, H, N). scores: (B, H, N) or None.
+        """
+        rows, heads = keys.shape[:2]
+        lanes = [lane for row in kept for lane in row]
+        lengths = torch.tensor([len(lane) for lane in lanes])
+        store = cls._empty(rows, heads, lengths, keys, values, scores is not None)
+        slots = torch.cat(lanes).to(keys.device)
+        lane_of = torch.arange(len(lanes)).repeat_interleave(lengths).to(keys.device)
+        target = store._occupied()
+        store.keys[target] = keys.flatten(0, 1)[lane_of, slots]
+        store.values[target] = values.flatten(0, 1)[lane_of, slots]
+        store.positions[target] = positions.flatten(0, 1)[lane_of, slots].int()
+        if scores is not None and store.scores is not None:
+            store.scores[target] = scores.flatten(0, 1)[lane_of, slots]
+        return store
+
+    @classmethod
+    def _empty(
+        cls, rows: int, heads: int, lengths: Tensor, keys: Tensor, values: Tensor, scored: bool, room: int = 0
+    ) -> RaggedStore:
+        slack = (lengths * SLACK_SHARE).long().clamp_min(max(MIN_SLACK, room))
+        capacities = lengths + slack
+        total, device = int(capacities.sum()), keys.device
+        store = cls(
+            rows,
+            heads,
+            keys.new_empty(total, keys.shape[-1]),
+            values.new_empty(total, values.shape[-1]),
+            torch.empty(total, dtype=torch.int32, device=device),
+            torch.zeros(total, device=device) if scored else None,
+            (capacities.cumsum(0) - capacities).to(device),
+            lengths.to(device),
+            capacities.to(device),
+        )
+        store._refresh_lists()
+        return store
+
+    def _refresh_lists(self) -> None:
+        self._length_list, self._start_list = self.lengths.tolist(), self.starts.tolist()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, slack and bookkeeping included."""
+        tensors = [self.keys, self.values, self.positions, self.starts, self.lengths, self.capacities]
+        return sum(t.nbytes for t in tensors) + (self.scores.nbytes if self.scores is not None else 0)
+
+    @property
+    def even(self) -> int | None:
+        """The common length if all lanes are equally long and laid out evenly, else None."""
+        lengths, starts = self._length_list, self._start_list
+        if lengths.count(lengths[0]) != len(lengths):
+            return None
+        stride = starts[1] - starts[0] if len(starts) > 1 else self.keys.shape[0]
+        return lengths[0] if starts == [i * stride for i in range(len(starts))] else None
+
+    def lane(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys (n, D) and values (n, Dv) of a lane, as views."""
+        part = slice(self._start_list[index], self._start_list[index] + self._length_list[index])
+        return self.keys[part], self.values[part]
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, n, D) as views; only when `even`."""
+        length = self.even
+        assert length is not None
+        shape = (self.rows, self.kv_heads, -1)
+        keys = self.keys.view(*shape, self.keys.shape[-1])
+        return keys[:, :, :length], self.values.view(*shape, self.values.shape[-1])[:, :, :length]
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Copies padded to the longest lane: keys, values, valid, positions, scores, each (B, H, N, ...)."""
+        longest = max(self._length_list)
+        slots = torch.arange(longest, device=self.keys.device)
+        valid = slots < self.lengths[:, None]
+        index = (self.starts[:, None] + slots).masked_fill(~valid, 0)
+        shape = (self.rows, self.kv_heads, longest)
+        scores = self.scores[index].masked_fill(~valid, 0.0).view(shape) if self.scores is not None else None
+        positions = self.positions[index].long().view(shape)
+        return (
+            self.keys[index].view(*shape, -1), self.values[index].view(*shape, -1), valid.view(shape), positions, scores,
+        )  # fmt: skip
+
+    def _occupied(self) -> Tensor:
+        """Flat indices of all stored tokens, lane by lane."""
+        lengths = self.lengths
+        first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        within = torch.arange(int(lengths.sum()), device=lengths.device) - first
+        return torch.repeat_interleave(self.starts, lengths) + within
+
+    # -- changing -----------------------------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor, position: int) -> None:
+        """Add (B, H, q, D) tokens to the end of every lane; the first of them has the given position."""
+        count = keys.shape[2]
+        if int((self.capacities - self.lengths).min()) < count:
+            self._lay_out(torch.arange(self.rows * self.kv_heads, device=self.keys.device), room=count)
+        steps = torch.arange(count, device=self.keys.device)
+        index = ((self.starts + self.lengths)[:, None] + steps).flatten()
+        self.keys[index] = keys.reshape(-1, keys.shape[-1])
+        self.values[index] = values.reshape(-1, values.shape[-1])
+        self.positions[index] = (position + steps).int().repeat(self.rows * self.kv_heads)
+        if self.scores is not None:
+            self.scores[index] = 0.0
+        self.lengths += count
+        self._refresh_lists()
+
+    def drop_newest(self, count: int) -> None:
+        """Forget the last `count` tokens of every lane."""
+        self.lengths -= count
+        self._refresh_lists()
+
+    def drop_one(self, victims: Tensor) -> None:
+        """Remove one slot of every lane; the lane's last token takes its place (order does not matter to attention).
+
+        Args:
+            victims: (lanes,) slots within the lane.
+        """
+        hole, last = self.starts + victims, self.starts + self.lengths - 1
+        for buffer in (self.keys, self.values, self.positions, self.scores):
+            if buffer is not None:
+                buffer[hole] = buffer[last]
+        self.drop_newest(1)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Take the given sequences, in order, repeats allowed (beam search, batch selection)."""
+        rows = rows.to(self.starts.device)
+        heads = torch.arange(self.kv_heads, device=rows.device)
+        self.rows = len(rows)
+        self._lay_out((rows[:, None] * self.kv_heads + heads).flatten())
+
+    def _lay_out(self, lanes: Tensor, room: int = 0) -> None:
+        """Copy the given lanes into fresh storage with slack for at least `room` more tokens."""
+        self.starts, self.lengths = self.starts[lanes], self.lengths[lanes]
+        source = self._occupied()
+        new = self._empty(
+            self.rows,
+            self.kv_heads,
+            self.lengths.cpu(),
+            self.keys,
+            self.values,
+            self.scores is not None,
+            room,
+        )
+        target = new._occupied()
+        new.keys[target], new.values[target] = self.keys[source], self.values[source]
+        new.positions[target] = self.positions[source]
+        if self.scores is not None and new.scores is not None:
+            new.scores[target] = self.scores[source]
+        self.__dict__.update(new.__dict__)
+
+    def clone(self) -> RaggedStore:
+        """An independent copy."""
+        copy = RaggedStore(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()})
+        copy._refresh_lists()
+        return copy

@@ -1,0 +1,1 @@
+"""Shared maths: tensors in, tensors out. Exact in float32, tiled, never (tokens x tokens)."""

@@ -1,0 +1,100 @@
+"""Attention rows and column sums, recomputed from queries and keys in float32 (primitives P1 and P2).
+
+A[h, i, j] is the causal softmax of q_i · k_j over the keys j that row i may see: valid, and not after it.
+Memory is bounded by one tile of rows: (B, H, G * tile, N) float32; the full map is never held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparing.core.scorer import KeyValues, Queries, Softmax
+
+ROWS_PER_TILE = 128
+# A tile's logits stay under this many elements, so long contexts take narrower tiles (64 MiB of float32).
+ELEMENTS_PER_TILE = 16 * 2**20
+
+
+def window_rows(state: Queries | None, new: Queries, window: int) -> Queries:
+    """The last `window` query rows seen so far: append a chunk's rows and forget the oldest."""
+    if state is not None and new.states.shape[2] < window:
+        new = Queries(
+            torch.cat([state.states, new.states], dim=2),
+            torch.cat([state.positions, new.positions]),
+            torch.cat([state.valid, new.valid], dim=1),
+            new.softmax,
+        )
+    last = slice(max(new.positions.shape[0] - window, 0), None)
+    # clone: a slice would keep the whole prompt's queries alive
+    return Queries(new.states[:, :, last].clone(), new.positions[last].clone(), new.valid[:, last].clone(), new.softmax)
+
+
+def attention_mass(queries: Queries, stored: KeyValues) -> Tensor:
+    """Mean attention per key over the given rows: the mean over valid rows i of A[h, i, j] (P1).
+
+    Returns:
+        (B, Hq, N) float32; 0 where not valid. Rows that are pads do not count.
+    """
+    total = column_mass(queries, stored)
+    rows = queries.valid.sum(-1).clamp_min(1)
+    return total / rows[:, None, None]
+
+
+def column_mass(queries: Queries, stored: KeyValues) -> Tensor:
+    """Attention per key summed over the given rows: the sum over valid rows i of A[h, i, j] (P2).
+
+    Returns:
+        (B, Hq, N) float32; 0 where not valid.
+    """
+    batch, query_heads = queries.states.shape[:2]
+    tokens = stored.keys.shape[2]
+    total = torch.zeros(batch, query_heads, tokens, device=queries.states.device)
+    for rows, visible, probabilities in attention_tiles(queries, stored):
+        weight = queries.valid[:, None, rows, None].to(probabilities.dtype)
+        total[..., :visible] += (probabilities * weight).sum(2)
+    return total
+
+
+def attention_tiles(queries: Queries, stored: KeyValues) -> Iterator[tuple[slice, int, Tensor]]:
+    """The attention of the given rows, a tile of rows at a time.
+
+    Yields:
+        (rows, visible, A): the slice of query rows, the number of leading stored slots that any of them may
+        see, and their attention (B, Hq, rows, visible) in float32. Rows that see nothing are 0.
+    """
+    batch, query_heads, count, dim = queries.states.shape
+    kv_heads, tokens = stored.keys.shape[1:3]
+    groups = query_heads // kv_heads
+    height = max(1, min(ROWS_PER_TILE, ELEMENTS_PER_TILE // max(batch * query_heads * tokens, 1)))
+    far = torch.iinfo(torch.int64).max
+    earliest = stored.positions.masked_fill(~stored.valid, far).amin((0, 1)).tolist()
+    latest = stored.positions.masked_fill(~stored.valid, -1).amax((0, 1)).cummax(0).values.tolist()
+    visible = 0
+    for start in range(0, count, height):
+        rows = slice(start, min(start + height, count))
+        positions = queries.positions[rows]
+        first, last = int(positions[0]), int(positions[-1])
+        # Slots that no row of the tile may see, at the end, are not touched at all.
+        visible = max((slot + 1 for slot in range(visible, tokens) if earliest[slot] <= last), default=visible)
+        states = queries.states[:, :, rows].float().reshape(batch, kv_heads, -1, dim)
+        logits = states @ stored.keys[:, :, :visible].float().transpose(-1, -2)
+        may_see = stored.valid[:, :, None, :visible]
+        if visible and latest[visible - 1] > first:  # some rows of the tile have keys in their future
+            may_see = may_see & (stored.positions[:, :, None, :visible] <= positions[:, None])
+        logits = logits.view(batch, query_heads, -1, visible)
+        yield rows, visible, _softmax(logits, may_see.repeat_interleave(groups, dim=1), queries.softmax)
+
+
+def _softmax(logits: Tensor, may_see: Tensor, softmax: Softmax) -> Tensor:
+    """Softmax over the visible keys in place of the logits; rows that see nothing are 0."""
+    logits = logits.mul_(softmax.scaling)
+    if softmax.softcap is not None:
+        logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
+    logits = logits.masked_fill_(~may_see, -torch.inf)
+    if softmax.sinks is not None:
+        sinks = softmax.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+    return logits.softmax(-1).nan_to_num_(0.0)

@@ -1,0 +1,1 @@
+"""One file per published method; importing this package's modules registers them."""

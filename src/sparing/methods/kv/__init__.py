@@ -1,0 +1,1 @@
+"""KV-cache eviction: which stored tokens stay."""

@@ -1,0 +1,126 @@
+"""The session: a method at work on a model, for the length of a `with` block."""
+
+from __future__ import annotations
+
+import functools
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from sparing.adapters.attach import Attachment
+from sparing.adapters.cache import CacheReport, EvictingCache
+from sparing.adapters.structure import read_structure
+from sparing.core.method import Method
+from sparing.errors import CacheStateError, InvalidInputError, MethodRefusedError
+
+
+class Session:
+    """A method at work on a model. Made by `use`.
+
+    Inside the block `model.generate(...)` and `model(...)` fill compressed caches by themselves. State lives in
+    those caches: several can be alive at once, and each can be carried through several turns by passing it as
+    `past_key_values`. On leaving, the model, torch and transformers are as they were found.
+
+    Attributes:
+        model, method: what was given.
+        structure: what sparing has read of the model.
+        cache: the cache that was made last, None before the first call.
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        if not isinstance(method, Method):
+            raise InvalidInputError("method", method, "a method, e.g. sparing.SnapKV(keep=0.25)")
+        self.structure = read_structure(model)
+        self.model, self.method = model, method
+        self.cache: EvictingCache | None = None
+        self._attachment: Attachment | None = None
+        self._hook: Any = None
+
+    def __enter__(self) -> Session:
+        self._attachment = Attachment(self.model)
+        self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        if hasattr(self.model, "generate"):
+            generate = self.model.generate
+            self.model.generate = functools.wraps(generate)(functools.partial(self._generate, generate))  # type: ignore[assignment]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.model.__dict__.pop("generate", None)
+        self._hook.remove()
+        assert self._attachment is not None
+        self._attachment.detach()
+        self._attachment = None
+
+    def new_cache(self) -> EvictingCache:
+        """A fresh cache for one conversation, to be passed as `past_key_values`."""
+        self.cache = EvictingCache(self.structure, self.method)
+        return self.cache
+
+    def report(self, cache: EvictingCache | None = None) -> CacheReport:
+        """What the given cache (by default the one made last) keeps, in tokens and bytes.
+
+        Raises:
+            CacheStateError: no cache has been made yet.
+        """
+        cache = cache or self.cache
+        if cache is None:
+            raise CacheStateError("nothing has been generated in this session yet", "call model.generate first")
+        return cache.report()
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give a call without a cache one of ours; refuse a cache that cannot be compressed."""
+        past = kwargs.get("past_key_values")
+        if isinstance(past, EvictingCache) or kwargs.get("use_cache") is False:
+            return None
+        if isinstance(past, Cache):
+            problem = f"a {type(past).__name__} was passed, which cannot be compressed"
+            raise CacheStateError(problem, "pass session.new_cache() or no cache at all")
+        return args, {**kwargs, "past_key_values": self.new_cache(), "use_cache": True}
+
+    def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate` with a compressed cache."""
+        past = kwargs.get("past_key_values")
+        if past is None:
+            past = kwargs["past_key_values"] = self.new_cache()
+        elif not isinstance(past, EvictingCache):
+            problem = f"a {type(past).__name__} was passed, which cannot be compressed"
+            raise CacheStateError(problem, "pass session.new_cache() or no cache at all")
+        self._refuse(kwargs)
+        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if prompt is None:
+            prompt = kwargs.get("inputs_embeds")
+        if isinstance(prompt, Tensor):
+            past.expect_prompt(prompt.shape[1])
+        return generate(*args, **kwargs)
+
+    def _refuse(self, kwargs: dict[str, Any]) -> None:
+        """What cannot work is refused before anything runs."""
+        drafted = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens") is not None
+        if drafted and self.method.parts().moment == "every_step":
+            problem = "drafted tokens are cropped again, but this method drops others for them at once"
+            raise MethodRefusedError(self.method.label, problem, 'use moment="prefill_end"')
+        if kwargs.get("cache_implementation") is not None:
+            got = kwargs["cache_implementation"]
+            raise InvalidInputError("cache_implementation", got, "nothing: the session brings its own cache")
+
+
+def use(model: nn.Module, method: Method) -> Session:
+    """Compress the caches of a model inside a `with` block.
+
+    Example:
+        >>> with sparing.use(model, sparing.SnapKV(keep=0.25)) as session:
+        ...     model.generate(**inputs, max_new_tokens=64)
+        >>> print(session.report())
+
+    Args:
+        model: a decoder-only transformers model.
+        method: what to keep, and how much.
+
+    Raises:
+        InvalidInputError: not a method. UnsupportedModelError: not a model with the seams that are needed.
+    """
+    return Session(model, method)
