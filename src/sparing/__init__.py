@@ -15,7 +15,6 @@ _HOME = {
     "Session": "sparing.session",
     "Evict": "sparing.core.method",
     "Method": "sparing.core.method",
-    "methods": "sparing.core.method",
     "parse_method": "sparing.core.method",
     "Plan": "sparing.core.plan",
     "Uniform": "sparing.core.allocate",

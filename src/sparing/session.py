@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -59,6 +60,17 @@ class Session:
         """A fresh cache for one conversation, to be passed as `past_key_values`."""
         self.cache = EvictingCache(self.structure, self.method)
         return self.cache
+
+    def watching_cache(self, methods: Iterable[Method]) -> EvictingCache:
+        """A cache that drops nothing while the scorers of the given methods watch: one prefill, to be forked for each.
+
+        Example:
+            >>> cache = session.watching_cache([snapkv, h2o])
+            >>> cache.expect_prompt(ids.shape[1])
+            >>> model(ids, past_key_values=cache)
+            >>> compressed = cache.fork(snapkv)
+        """
+        return EvictingCache(self.structure, None, watch=[method.parts().scorer for method in methods])
 
     def report(self, cache: EvictingCache | None = None) -> CacheReport:
         """What the given cache (by default the one made last) keeps, in tokens and bytes.

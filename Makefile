@@ -1,0 +1,25 @@
+.PHONY: compare test check oldest bundled-model clean
+TEXTS ?= ../shared/data
+
+compare:           ## compare methods on the bundled model and write a report
+	@scripts/setup
+	.venv/bin/sparing compare --model bundled --out results/bundled
+
+test:              ## the quick tests
+	@scripts/setup dev
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+check:             ## format, lint, types
+	@scripts/setup dev
+	scripts/check
+
+oldest:            ## contract tests on the oldest supported transformers
+	@scripts/setup dev
+	scripts/test-oldest
+
+bundled-model:     ## train the bundled model again from a folder of texts (about two hours)
+	@scripts/setup
+	.venv/bin/python -m sparing.models.recipe --texts $(TEXTS) --out runs/bundled
+
+clean:
+	rm -rf .venv .venv-oldest results runs .pytest_cache .mypy_cache .ruff_cache

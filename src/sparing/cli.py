@@ -1,0 +1,240 @@
+"""The command line. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import sparing
+from sparing.errors import InputFileError, InvalidInputError, OutputError, SparingError
+
+if TYPE_CHECKING:
+    from sparing.compare.sweep import Cell, Contestant, Sweep
+    from sparing.tasks import Task
+
+DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,copy,perplexity"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(sparing.__version__, prog_name="sparing")
+def cli() -> None:
+    """Find what matters in a transformer's context, and keep only that."""
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def methods(as_json: bool) -> None:
+    """List the methods."""
+    from sparing.core.method import methods as registered
+
+    infos = registered().values()
+    if as_json:
+        import json
+
+        fields = ("name", "family", "unit", "moment", "paper", "summary", "training_free")
+        click.echo(json.dumps([{field: getattr(info, field) for field in fields} for info in infos], indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "family", "unit", "moment", "paper", "keeps"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "name")
+    for info in infos:
+        table.add_row(info.name, info.family, info.unit, info.moment, info.paper, info.summary)
+    Console().print(table)
+    click.echo("\nAny of them with another allocator: name+uniform, name+pyramid, name+adaptive, name+global.")
+
+
+@cli.command()
+@click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
+@click.option("--methods", "method_text", default="all", show_default=True, help="Names, comma-separated.")
+@click.option("--keep", "keep_text", default="0.5,0.25", show_default=True, help='Budgets: 0.25, 512 or "64MiB".')
+@click.option("--tasks", "task_text", default=DEFAULT_TASKS, show_default=True, help="Names, or files of your own.")
+@click.option("--lengths", default="1024", show_default=True, help="Tokens per sample, comma-separated.")
+@click.option("--samples", default=10, show_default=True, type=click.IntRange(1), help="Contexts per task and length.")
+@click.option("--mode", type=click.Choice(["both", "query-agnostic", "query-aware"]), default="both", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of the tasks.")
+@click.option("--out", default="results/compare", show_default=True, type=click.Path(path_type=Path))
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--device", default=None, help="cpu, cuda, ...; by default a GPU if there is one.")
+def compare(
+    model: str, method_text: str, keep_text: str, task_text: str, lengths: str, samples: int, mode: str, seed: int,
+    out: Path, dtype: str, device: str | None,
+) -> None:  # fmt: skip
+    """Compare methods at several budgets on tasks, and write a report."""
+    from sparing.compare.loading import load_model
+    from sparing.compare.store import ResultStore
+    from sparing.compare.sweep import Sweep
+
+    contestants, tasks = _contestants(method_text, keep_text), _tasks(task_text)
+    cells = _cells(tasks, _lengths(lengths), mode)
+    loaded = load_model(model, dtype, device)
+    with ResultStore(out) as store:
+        if store.repaired:
+            click.echo(f"{store.file}: {store.repaired}", err=True)
+        sweep = Sweep(loaded, contestants, samples, seed, store)
+        _leave_out_refused(sweep, cells[0], explicit=method_text != "all")
+        run = {"command": shlex.join(["sparing", *sys.argv[1:]]), "seed": seed, "model": model}
+        run |= {"model_description": loaded.description, "samples": samples}
+        _run_and_report(sweep, cells, run)
+
+
+@cli.command()
+@click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
+@click.option("--method", "method_text", default="snapkv", show_default=True, help="See `sparing methods`.")
+@click.option("--keep", "keep_text", default="0.25", show_default=True, help='A budget: 0.25, 512 or "64MiB".')
+@click.option("--context", required=True, type=click.Path(path_type=Path), help="A text file.")
+@click.option("--question", required=True, help="Appended to the context, on a line of its own.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--query-aware", is_flag=True, help="Let the method see the question before it drops anything.")
+@click.option("--compare-full", is_flag=True, help="Answer from the full cache as well.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--device", default=None, help="cpu, cuda, ...; by default a GPU if there is one.")
+def generate(
+    model: str, method_text: str, keep_text: str, context: Path, question: str, max_new_tokens: int,
+    query_aware: bool, compare_full: bool, dtype: str, device: str | None,
+) -> None:  # fmt: skip
+    """Answer a question about a text from a compressed cache."""
+    from sparing.compare.ask import ask
+    from sparing.compare.loading import load_model
+    from sparing.core.budget import parse_keep
+    from sparing.core.method import parse_method
+    from sparing.tasks.user_files import read_text
+
+    method = parse_method(method_text, parse_keep(keep_text))
+    text = read_text(context, "it should hold the text that the question is about")
+    if not question.strip():
+        raise InvalidInputError("question", question, "some text")
+    loaded = load_model(model, dtype, device)
+    ask(loaded, method, text, question, max_new_tokens, query_aware, compare_full)
+
+
+def _contestants(method_text: str, keep_text: str) -> list[Contestant]:
+    """Every method at every budget; "full" may be named but always runs anyway."""
+    from sparing.compare.sweep import Contestant
+    from sparing.core.budget import parse_keep
+    from sparing.core.method import methods as registered
+    from sparing.core.method import parse_method, split_methods
+
+    names = list(registered()) if method_text == "all" else split_methods(method_text)
+    keeps = [parse_keep(part) for part in keep_text.split(",") if part.strip()]
+    names = list(dict.fromkeys(name for name in names if name != "full"))
+    if not keeps:
+        raise InvalidInputError("keep", keep_text, 'at least one budget, such as "0.5,0.25"')
+    return [Contestant(name, parse_method(name, keep)) for name in names for keep in dict.fromkeys(keeps)]
+
+
+def _tasks(text: str) -> list[Task]:
+    """Registered tasks by name; anything with a dot or a slash is a file of the user's own."""
+    from sparing import tasks
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise InvalidInputError("tasks", text, "at least one of " + ", ".join(tasks.names()))
+    is_file = [Path(part).suffix != "" or "/" in part for part in parts]
+    return [tasks.load_user_task(p) if file else tasks.get(p) for p, file in zip(parts, is_file, strict=True)]
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InvalidInputError("lengths", text, "whole numbers of tokens, comma-separated") from None
+
+
+def _cells(tasks: list[Task], lengths: list[int], mode: str) -> list[Cell]:
+    from sparing.compare.sweep import MODES, Cell
+
+    cells = []
+    for each in MODES:
+        if mode in ("both", each):
+            for task in tasks:
+                # A text of the user's own has the length that it has.
+                own: list[Any] = [None] if task.num_samples is not None else lengths
+                cells += [Cell(task, each, length) for length in own]
+    if not cells:
+        raise InvalidInputError("lengths", "", "at least one number of tokens")
+    return cells
+
+
+def _leave_out_refused(sweep: Sweep, cell: Cell, explicit: bool) -> None:
+    """A method that was asked for by name and cannot work is an error; of "all" it is left out, and said so."""
+    refused = sweep.refusals(cell)
+    for contestant, error in refused.items():
+        if explicit:
+            raise error
+        click.echo(f"left out: {contestant.name} at {contestant.method.keep} ({error})", err=True)
+    sweep.contestants = [c for c in sweep.contestants if c not in refused]
+
+
+def _run_and_report(sweep: Sweep, cells: list[Cell], run: dict[str, Any]) -> None:
+    """Run with a progress bar; whatever happens, what was measured is on disk and can be gone on with."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from sparing.compare.environment import environment
+    from sparing.compare.report import render_report
+    from sparing.compare.store import write_json_atomic, write_text_atomic
+    from sparing.compare.table import render_table
+
+    folder = sweep.store.folder
+    run = {**run, **environment(), "started": _now(), "finished": None}
+    write_json_atomic(folder / "run.json", run)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        todo = [cell for cell in cells if not sweep.is_done(cell)]
+        job = bar.add_task("reading", total=sum(sweep.contexts(cell) for cell in todo))
+
+        def progress(cell: Cell, done: int) -> None:
+            at = f"@{cell.length}" if cell.length else ""
+            bar.update(job, advance=1, description=f"{cell.task.label}{at} {cell.mode}")
+
+        sweep.progress = progress
+        sweep.run(cells)
+    write_json_atomic(folder / "run.json", run | {"finished": _now()})
+    if sweep.example is not None:
+        write_json_atomic(folder / "examples.json", sweep.example)
+    rows = sweep.store.rows()
+    report = render_report(run | {"finished": _now()}, rows, _read_json(folder / "examples.json"))
+    write_text_atomic(folder / "report.html", report)
+    render_table(rows, Console())
+    click.echo(f"report: {folder / 'report.html'}")
+
+
+def _read_json(path: Path) -> Any:
+    import json
+
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputFileError(path, f"cannot be read ({error})", "delete it and run the command again") from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def main() -> None:
+    """Entry point: errors that we raise on purpose become one line and exit code 2, never a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\ninterrupted; what was measured is kept, and the same command goes on from there", err=True)
+        sys.exit(130)
+    except SparingError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        click.echo(f"error: {OutputError(error.filename or 'output', str(error.strerror or error))}", err=True)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Comparing methods: the sweep, its store on disk, the table and the report."""

@@ -1,0 +1,167 @@
+"""Reading a context once, compressing it in many ways, and answering from what is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparing.adapters.cache import EvictingCache
+from sparing.compare.loading import LoadedModel
+from sparing.core.method import Evict, Method
+from sparing.methods.kv.streaming_llm import Recency
+from sparing.session import Session
+
+# Nothing dropped: the gate of every comparison. (The scorer is never asked.)
+FULL = Evict(keep=1.0, scorer=Recency())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt that was read in full.
+
+    Attributes:
+        cache: holds everything; what scorers observed is in it. Compress it with `compress`.
+        next_logits: (vocabulary,) logits after the prompt's last token.
+        seconds: of the forward, without the time that scorers took.
+    """
+
+    cache: EvictingCache
+    next_logits: torch.Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A cache after eviction. `seconds`: reading, plus this method's own observing, scoring and evicting."""
+
+    cache: EvictingCache
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """An answer. `token_ids`: generated. `decode_seconds`, `decode_steps`: of the single-token forwards."""
+
+    token_ids: list[int]
+    decode_seconds: float
+    decode_steps: int
+
+
+class Engine:
+    """Runs one loaded model inside a session.
+
+    Args:
+        loaded: the model.
+        session: an entered session on that model; its own method does not matter here.
+    """
+
+    def __init__(self, loaded: LoadedModel, session: Session) -> None:
+        self.model, self.tokenizer, self.session = loaded.model, loaded.tokenizer, session
+        self.device = next(self.model.parameters()).device
+        eos = self.model.generation_config.eos_token_id
+        self.stop_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
+
+    @torch.inference_mode()
+    def read(self, token_ids: Sequence[int], methods: Iterable[Method]) -> Reading:
+        """Read a prompt once, with the scorers of all methods watching."""
+        watched = [method for method in methods if not method.budget.keeps_all]
+        cache = self.session.watching_cache(watched)
+        cache.expect_prompt(len(token_ids))
+        self._synchronize()
+        began = time.perf_counter()
+        logits = self._forward(token_ids, cache, last_only=True)
+        self._synchronize()
+        observing = sum(cache.observing_seconds.values())
+        return Reading(cache, logits[-1], time.perf_counter() - began - observing)
+
+    @torch.inference_mode()
+    def compress(self, reading: Reading, method: Method) -> Compressed:
+        """Evict from a copy of what was read."""
+        self._synchronize()
+        began = time.perf_counter()
+        cache = reading.cache.fork(method)
+        self._synchronize()
+        own = time.perf_counter() - began
+        if not method.budget.keeps_all:
+            own += reading.cache.observing_seconds[method.parts().scorer]
+        return Compressed(cache, reading.seconds + own)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        compressed: Compressed,
+        question_ids: Sequence[int],
+        max_new_tokens: int,
+        first_logits: torch.Tensor | None = None,
+        on_token: Callable[[int], None] = lambda token: None,
+        one_line: bool = False,
+    ) -> Output:
+        """Greedy answer; the compressed cache itself is left as it is.
+
+        Args:
+            on_token: called with each token as it comes, for streaming.
+            one_line: stop at the line break that ends the answer.
+            question_ids: tokens after the compressed prompt; empty if the prompt ended with the question.
+            first_logits: what the prompt's last token predicted; needed if `question_ids` is empty.
+        """
+        cache = compressed.cache.clone()
+        logits = first_logits
+        if question_ids:
+            logits = self._forward(question_ids, cache, last_only=True)[-1]
+        assert logits is not None
+        token_ids: list[int] = []
+        seconds, steps = 0.0, 0
+        while True:
+            token = int(logits.argmax())
+            token_ids.append(token)
+            on_token(token)
+            ended = one_line and "\n" in self.tokenizer.decode([token]) and self._decode(token_ids).strip() != ""
+            if ended or token in self.stop_ids or len(token_ids) >= max_new_tokens:
+                return Output(token_ids, seconds, steps)
+            began = time.perf_counter()
+            logits = self._forward([token], cache, last_only=True)[-1]
+            self._synchronize()
+            seconds, steps = seconds + time.perf_counter() - began, steps + 1
+
+    @torch.inference_mode()
+    def mean_loss(
+        self,
+        compressed: Compressed,
+        question_ids: Sequence[int],
+        target_ids: Sequence[int],
+        first_logits: torch.Tensor | None = None,
+    ) -> float:
+        """Mean negative log-likelihood per target token, in nats, by teacher forcing."""
+        cache = compressed.cache.clone()
+        fed = [*question_ids, *target_ids[:-1]]
+        rows = self._forward(fed, cache)[max(len(question_ids) - 1, 0) :] if fed else None
+        if not question_ids:
+            assert first_logits is not None
+            first = first_logits[None]
+            rows = first if rows is None else torch.cat([first, rows])
+        assert rows is not None
+        targets = torch.tensor(target_ids, device=self.device)
+        return float(torch.nn.functional.cross_entropy(rows.float(), targets))
+
+    def text(self, output: Output) -> str:
+        """The answer as text, special tokens left out."""
+        return self._decode(output.token_ids)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        decoded: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return decoded
+
+    def _forward(self, token_ids: Sequence[int], cache: EvictingCache, last_only: bool = False) -> torch.Tensor:
+        """(tokens, vocabulary) logits, or only the last row."""
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        result: torch.Tensor = self.model(
+            ids, past_key_values=cache, use_cache=True, logits_to_keep=1 if last_only else 0
+        ).logits[0]
+        return result
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()

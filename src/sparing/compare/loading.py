@@ -1,0 +1,79 @@
+"""Loading a model and its tokenizer by name or path, with errors that say what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparing.errors import InvalidInputError, UnsupportedModelError
+from sparing.models import resolve
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be compared.
+
+    Attributes:
+        name: as the user gave it. model: in evaluation mode. tokenizer: its own.
+        fingerprint: short hash of its configuration and of a sample of its weights.
+        max_length: positions it was made for; None if its configuration does not say.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    max_length: int | None
+
+    @property
+    def description(self) -> str:
+        """One line: type, layers, heads, parameters."""
+        text = self.model.config.get_text_config(decoder=True)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = f"{text.num_attention_heads} query / {kv_heads} KV heads"
+        return f"{type(self.model).__name__}, {text.num_hidden_layers} layers, {heads}, {parameters / 1e6:.2f} M parameters"
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> LoadedModel:
+    """Load a causal language model.
+
+    Args:
+        name: "bundled", a folder, or the name of a model on the Hugging Face Hub.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda", ...; by default a GPU if there is one.
+
+    Raises:
+        InvalidInputError: unknown dtype. UnsupportedModelError: nothing that can be loaded is under that name.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InvalidInputError("dtype", dtype, "auto, float32, bfloat16 or float16")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        problem = f"could not be loaded ({str(error).strip().splitlines()[0]})"
+        fix = 'give "bundled", a folder made by save_pretrained, or the name of a causal language model on the Hub'
+        raise UnsupportedModelError(name, problem, fix) from error
+    model = model.to(place).eval()
+    text = model.config.get_text_config(decoder=True)
+    return LoadedModel(name, model, tokenizer, _fingerprint(model), getattr(text, "max_position_embeddings", None))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Changes when the configuration or the weights change (every parameter's shape and first values are in it)."""
+    config: Any = model.config
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:8].float().cpu().tolist()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{first}".encode())
+    return digest.hexdigest()[:12]
