@@ -91,5 +91,11 @@ class CacheStateError(SparingError):
         super().__init__(_sentence(problem, fix))
 
 
+def require(holds: bool, what: str, got: object, allowed: str, fix: str = "") -> None:
+    """Raise `InvalidInputError` unless `holds`; write conditions so that nan fails them."""
+    if not holds:
+        raise InvalidInputError(what, got, allowed, fix)
+
+
 def _sentence(text: str, fix: str) -> str:
     return f"{text}; {fix}" if fix else text

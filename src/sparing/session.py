@@ -43,8 +43,9 @@ class Session:
         self._attachment = Attachment(self.model)
         self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         if hasattr(self.model, "generate"):
-            generate = self.model.generate
-            self.model.generate = functools.wraps(generate)(functools.partial(self._generate, generate))  # type: ignore[assignment]
+            generate: Any = self.model.generate
+            # On the instance, so that leaving the block is deleting it again.
+            self.model.__dict__["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
         return self
 
     def __exit__(

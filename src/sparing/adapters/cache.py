@@ -214,6 +214,9 @@ class EvictingCache(Cache):
         """
         if any(layer.is_compressed for layer in self.evicting):
             raise CacheStateError("only a cache that has dropped nothing can be forked")
+        if not method.budget.keeps_all and method.parts().scorer not in self.scorers:
+            problem = f"the scorer of {method.label} did not watch the prompt"
+            raise CacheStateError(problem, "name the method when making the cache: session.watching_cache([...])")
         child = self._copy(method)
         child.is_reading = not method.budget.keeps_all
         child.prompt_length = self.prompt_length
@@ -229,6 +232,8 @@ class EvictingCache(Cache):
         child = EvictingCache(self.structure, method, watch=self.scorers if method is self.method else ())
         child.plan, child._padding = self.plan, self._padding
         child.prompt_length, child.is_reading = self.prompt_length, self.is_reading
+        mine: Any
+        new: Any
         for index, (mine, new) in enumerate(zip(self.layers, child.layers, strict=True)):
             if not isinstance(mine, EvictingLayer):
                 child.layers[index] = copy.deepcopy(mine)
@@ -254,6 +259,7 @@ class EvictingCache(Cache):
     def bytes_full(self) -> int:
         """Bytes that transformers' dynamic cache would hold for the same tokens."""
         total = 0
+        layer: Any
         for layer in self.layers:
             if not isinstance(layer, EvictingLayer):
                 total += sum(t.nbytes for t in vars(layer).values() if isinstance(t, Tensor))

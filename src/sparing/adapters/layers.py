@@ -51,6 +51,7 @@ class RaggedHandle(Tensor):
 
     @staticmethod
     def __new__(cls, layer: EvictingLayer, like: Tensor, length: int) -> RaggedHandle:
+        """A tensor without storage."""
         shape = (*like.shape[:2], length, like.shape[-1])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
@@ -61,7 +62,9 @@ class RaggedHandle(Tensor):
         return f"RaggedHandle{tuple(self.shape)}"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise CacheStateError(
             f"{func} was called on the keys or values of a compressed layer, which are not one tensor any more",
             "use the cache inside `with sparing.use(model, ...)`, on a model that sparing supports",
@@ -83,6 +86,9 @@ class EvictingLayer(DynamicLayer):
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    # None until the first update and once ragged; transformers declares them so, which helps nobody here.
+    keys: Any
+    values: Any
 
     def __init__(self, cache: EvictingCache, number: int) -> None:
         super().__init__()
@@ -105,6 +111,7 @@ class EvictingLayer(DynamicLayer):
 
     @property
     def cache(self) -> EvictingCache:
+        """The cache that the layer belongs to."""
         cache = self._cache()
         if cache is None:
             raise CacheStateError("the cache that this layer belongs to is gone", "keep a reference to the cache")
@@ -291,10 +298,11 @@ class EvictingLayer(DynamicLayer):
 
     def scores(self, scorer: Scorer, end: int, tokens_per_head: list[int]) -> Scores:
         """Score what is stored, up to position `end`; what comes after is neither scored nor dropped."""
-        if scorer.needs_rotary and self.cache.structure.rotates:
-            if self.cache.structure.rotary is None or self.is_transformed:
-                problem = f"needs queries or keys before rotation, which {self.cache.structure.name} does not give"
-                raise MethodRefusedError(type(scorer).__name__, problem, "use a method without them, e.g. snapkv")
+        structure = self.cache.structure
+        can_unrotate = structure.rotary is not None and not self.is_transformed
+        if scorer.needs_rotary and structure.rotates and not can_unrotate:
+            problem = f"needs queries or keys before rotation, which {structure.name} does not give"
+            raise MethodRefusedError(type(scorer).__name__, problem, "use a method without them, e.g. snapkv")
         stored = self.stored_tokens()
         values = scorer.score(self.states.get(scorer), stored).float()
         valid, positions = stored.valid, stored.positions
@@ -351,7 +359,8 @@ class EvictingLayer(DynamicLayer):
     def _attend_and_step(self, query: Tensor, softmax: Softmax) -> Tensor:
         """Attend, let the scorer follow, and evict as many tokens as came."""
         store, scorer = self.store, self.cache.scorers[0]
-        assert store is not None and store.scores is not None
+        assert store is not None
+        assert store.scores is not None
         rows = None
         if scorer.step_needs_attention:
             out, rows = attend_with_rows(query, store, softmax)

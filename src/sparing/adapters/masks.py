@@ -30,6 +30,7 @@ class LazyMask(Tensor):
 
     @staticmethod
     def __new__(cls, base: str, request: dict[str, Any]) -> LazyMask:
+        """A tensor without storage."""
         shape = (request["batch_size"], 1, request["q_length"], request["kv_length"])
         device = request.get("device", "cpu")
         dtype = torch.bool if base == "sdpa" else request.get("dtype", torch.float32)
@@ -61,7 +62,9 @@ class LazyMask(Tensor):
         return f"LazyMask{tuple(self.shape)}"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         def real(x: Any) -> Any:
             return x.dense() if isinstance(x, LazyMask) else x
 

@@ -68,7 +68,8 @@ def _answer(engine: Engine, reading: Reading, method: Method, fed: list[int], ma
     plan = report.plan
     entries = f"kept {plan.tokens_kept:,} of {plan.tokens_seen:,} entries, " if plan else "kept everything, "
     click.secho(
-        f"\n[{entries}{report.bytes_kept:,} of {report.bytes_full:,} bytes ({report.share:.1%}); read {report.tokens_seen} "
-        f"tokens in {compressed.seconds:.2f} s, wrote {len(output.token_ids)} in {seconds:.2f} s]",
+        f"\n[{entries}{report.bytes_kept:,} of {report.bytes_full:,} bytes ({report.share:.1%}); "
+        f"read {reading.cache.evicting[0].seen} tokens in {compressed.seconds:.2f} s, "
+        f"wrote {len(output.token_ids)} in {seconds:.2f} s]",
         dim=True,
     )

@@ -37,7 +37,8 @@ class LoadedModel:
         parameters = sum(p.numel() for p in self.model.parameters())
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         heads = f"{text.num_attention_heads} query / {kv_heads} KV heads"
-        return f"{type(self.model).__name__}, {text.num_hidden_layers} layers, {heads}, {parameters / 1e6:.2f} M parameters"
+        size = f"{parameters / 1e6:.2f} M parameters"
+        return f"{type(self.model).__name__}, {text.num_hidden_layers} layers, {heads}, {size}"
 
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> LoadedModel:
@@ -59,7 +60,7 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Loa
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         problem = f"could not be loaded ({str(error).strip().splitlines()[0]})"
         fix = 'give "bundled", a folder made by save_pretrained, or the name of a causal language model on the Hub'

@@ -263,7 +263,7 @@ class Sweep:
         compressed: Compressed,
         output: str,
     ) -> None:
-        """Remember the first question of the first query-agnostic generation cell, at every method's smallest budget."""
+        """Remember the first question of the first query-agnostic generation cell, at each method's least budget."""
         if cell.task.kind != "generation" or cell.mode != "query-agnostic":
             return
         if self.example is None:

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparing.core.budget import round_to_total
+from sparing.core.budget import round_to_total, share_of
 from sparing.core.scores import Scores
-from sparing.errors import InvalidInputError
+from sparing.errors import InvalidInputError, require
 
 
 class Allocator(Protocol):
@@ -37,19 +37,21 @@ class Allocator(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every layer and every head keeps the same number."""
+    """Every layer and every head keeps the same number; what a short one cannot hold goes to the others."""
 
     def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
-        return _split_within_layers(scores, _equal_layers(scores, tokens_per_head))
+        level = torch.ones(len(scores), dtype=torch.float64)
+        return _stack([_spread(scores, row, level, tokens) for row, tokens in enumerate(tokens_per_head)])
 
 
 @dataclass(frozen=True)
 class Pyramid:
     """Linearly fewer tokens with depth (PyramidKV, arXiv:2406.02069).
 
-    With C = tokens per head and W = `window`, X = C - W, the first layer keeps W + 2X - X/beta per head and the
-    last W + X/beta; layers between lie on the line. beta = 1 is uniform.
+    With C = tokens per head, W = `window`, n = the tokens that there are and X = C - W, the last layer keeps W + least
+    per head and the first W + most: least = X / beta, most = 2X - least, or where that exceeds the tokens that there
+    are, most = n - W, least = 2X - most. Layers between lie on the line. beta = 1 is uniform.
 
     Attributes:
         beta: how steep, >= 1. The authors' default is 20.
@@ -60,24 +62,21 @@ class Pyramid:
     window: int = 32
 
     def __post_init__(self) -> None:
-        if not self.beta >= 1:
-            raise InvalidInputError("Pyramid.beta", self.beta, "a number >= 1")
+        require(self.beta >= 1, "Pyramid.beta", self.beta, "a number >= 1")
+        require(self.window >= 0, "Pyramid.window", self.window, "a number of tokens >= 0")
 
     def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
-        layers = len(scores)
-        per_row = []
+        rows = []
         for row, tokens in enumerate(tokens_per_head):
-            base = min(self.window, tokens)
-            least = (tokens - base) / self.beta
-            most = 2 * (tokens - base) - least
-            line = torch.linspace(base + most, base + least, layers, dtype=torch.float64)
-            if layers == 1:
-                line = torch.ones(1, dtype=torch.float64)
-            # A layer's count is the same for its heads, so the ceiling is its shortest head.
-            longest = torch.tensor([int(s.valid[row].sum(-1).min()) for s in scores])
-            per_row.append(round_to_total(line, tokens * layers, high=longest))
-        return _split_within_layers(scores, torch.stack(per_row, dim=1))
+            present = max(int(s.valid[row].sum(-1).max()) for s in scores)
+            base = min(self.window, tokens, present)
+            slope = min(tokens, present) - base
+            most = min(slope * (2 - 1 / self.beta), present - base)
+            least = 2 * slope - most
+            line = torch.linspace(base + most, base + least, len(scores), dtype=torch.float64)
+            rows.append(_spread(scores, row, line, tokens))
+        return _stack(rows)
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,10 @@ class Proportional:
     cap: float = 3.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.floor <= 1:
-            raise InvalidInputError("Proportional.floor", self.floor, "a share in [0, 1]")
-        if not self.cap >= 1:
-            raise InvalidInputError("Proportional.cap", self.cap, "a multiple >= 1")
+        sensible = len(self.weights) > 0 and all(0 <= weight < float("inf") for weight in self.weights)
+        require(sensible, "Proportional.weights", self.weights, "one or more finite numbers >= 0")
+        require(0 <= self.floor <= 1, "Proportional.floor", self.floor, "a share in [0, 1]")
+        require(self.cap >= 1, "Proportional.cap", self.cap, "a multiple >= 1")
 
     def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
@@ -112,12 +111,12 @@ class Proportional:
         rows = []
         for row, tokens in enumerate(tokens_per_head):
             longest = torch.cat([s.valid[row].sum(-1).cpu() for s in scores])
-            low = torch.full_like(longest, int(self.floor * tokens)).minimum(longest)
-            high = torch.full_like(longest, int(self.cap * tokens)).minimum(longest)
-            total = tokens * sum(heads)
+            total = min(tokens * sum(heads), int(longest.sum()))
+            low = longest.clamp_max(share_of(self.floor, tokens))
+            high = longest.clamp_max(share_of(min(self.cap, len(weights)), tokens))
             if int(high.sum()) < total:  # short heads: what the cap would waste is given back
                 high = longest
-            rows.append(round_to_total(weights, min(total, int(high.sum())), low, high))
+            rows.append(round_to_total(weights, total, low, high))
         return list(torch.stack(rows).split(heads, dim=1))
 
 
@@ -125,11 +124,11 @@ class Proportional:
 class AdaptiveHeads:
     """The best tokens of a layer win across its heads (AdaKV, arXiv:2407.11550).
 
-    Each head first gets its best `floor` share of the average for free (and its protected tokens); the rest of
-    the layer's pool goes to the highest scores of all heads.
+    Each head keeps its protected tokens and, for free, its best `floor` share of what an even split would leave it
+    beside them; the rest of the layer's pool goes to the highest scores of all heads.
 
     Attributes:
-        floor: the safeguard, in [0, 1]: 1 is uniform, 0 is pure competition. The authors' default is 0.2.
+        floor: the safeguard, in [0, 1]: 1 is uniform, 0 is pure competition. 0.2 in the authors' experiments.
         layers: how the layers' budgets are set: `Uniform()` or `Pyramid(...)`.
     """
 
@@ -137,19 +136,15 @@ class AdaptiveHeads:
     layers: Uniform | Pyramid = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
-        _check_floor("AdaptiveHeads.floor", self.floor)
+        require(0 <= self.floor <= 1, "AdaptiveHeads.floor", self.floor, "a share in [0, 1]")
 
     def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
-        per_layer = self.layers.allocate(scores, tokens_per_head)
-        result = []
-        for layer, even in zip(scores, per_layer, strict=True):
-            rows = [
-                _compete([_row(layer, row)], int(even[row].sum()), int(self.floor * int(even[row, 0])))[0]
-                for row in range(even.shape[0])
-            ]
-            result.append(torch.stack(rows))
-        return result
+        even = self.layers.allocate(scores, tokens_per_head)
+        return [
+            torch.stack([_compete([_row(layer, row)], counts, self.floor)[0] for row, counts in enumerate(even_layer)])
+            for layer, even_layer in zip(scores, even, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -157,37 +152,40 @@ class GlobalTopK:
     """The best tokens of the whole model win, across layers and heads (as in KVzip, arXiv:2505.23416).
 
     Attributes:
-        floor: share of the average that every head gets for free, in [0, 1]; 0 is pure competition.
+        floor: share of the average (beside the protected tokens) that every head gets for free, in [0, 1]; 0 is
+            pure competition.
     """
 
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_floor("GlobalTopK.floor", self.floor)
+        require(0 <= self.floor <= 1, "GlobalTopK.floor", self.floor, "a share in [0, 1]")
 
     def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
         heads = sum(s.values.shape[1] for s in scores)
-        rows = [
-            _compete([_row(s, row) for s in scores], tokens * heads, int(self.floor * tokens))
-            for row, tokens in enumerate(tokens_per_head)
-        ]
-        return [torch.stack(layer) for layer in zip(*rows, strict=True)]
+        return _stack(
+            [
+                _compete([_row(s, row) for s in scores], torch.full((heads,), tokens), self.floor)
+                for row, tokens in enumerate(tokens_per_head)
+            ]
+        )
 
 
-def _compete(groups: list[Scores], pool: int, free: int) -> list[Tensor]:
-    """Counts per head for one row: `free` each (and protected tokens), then the best of all heads together.
+def _compete(groups: list[Scores], even: Tensor, floor: float) -> list[Tensor]:
+    """Counts per head for one row: what is sure for each head, then the best of all heads together.
 
     Args:
         groups: scores of (1, kv_heads, tokens) each; token axes may differ in length.
-        pool: tokens to give out in all.
-        free: tokens that every head gets before the competition.
+        even: (all kv_heads,) what each head would keep without competition; their sum is given out.
+        floor: the share of it, protected tokens set aside, that is sure.
     """
     heads = [g.values.shape[1] for g in groups]
     longest = torch.cat([g.valid[0].sum(-1).cpu() for g in groups])
-    pool = min(pool, int(longest.sum()))
+    pool = min(int(even.sum()), int(longest.sum()))
     guarded = torch.cat([((g.guard > 0) & g.valid)[0].sum(-1).cpu() for g in groups])
-    sure = guarded.clamp_min(free).minimum(longest)
+    free = torch.tensor([share_of(floor, max(rest, 0)) for rest in (even - guarded).tolist()])
+    sure = (guarded + free).minimum(longest)
     if int(sure.sum()) >= pool:  # the protection alone exceeds the pool: shrink it evenly
         return list(round_to_total(sure, pool, high=longest).split(heads))
     contenders = []
@@ -213,34 +211,28 @@ def _row(scores: Scores, row: int) -> Scores:
     return Scores(scores.values[part], scores.valid[part], scores.guard[part])
 
 
-def _equal_layers(scores: list[Scores], tokens_per_head: list[int]) -> Tensor:
-    """(layers, rows): the same tokens per head for every layer."""
-    return torch.tensor(tokens_per_head).expand(len(scores), -1)
+def _spread(scores: list[Scores], row: int, level: Tensor, tokens: int) -> list[Tensor]:
+    """One row's counts: `tokens` per head on average, layers in proportion to `level`, heads of a layer alike."""
+    longest = [s.valid[row].sum(-1).cpu() for s in scores]
+    heads = torch.tensor([len(layer) for layer in longest])
+    room = torch.stack([layer.sum() for layer in longest])
+    total = min(tokens * int(heads.sum()), int(room.sum()))
+    per_layer = round_to_total(level * heads, total, high=room).tolist()
+    return [
+        round_to_total(torch.ones(len(layer)), count, high=layer)
+        for layer, count in zip(longest, per_layer, strict=True)
+    ]
 
 
-def _split_within_layers(scores: list[Scores], per_layer: Tensor) -> list[Tensor]:
-    """Give each head of a layer the layer's tokens per head; a head too short for it hands the rest on."""
-    result = []
-    for layer, tokens in zip(scores, per_layer, strict=True):
-        longest = layer.valid.sum(-1).cpu()
-        rows = []
-        for row in range(longest.shape[0]):
-            heads = longest.shape[1]
-            total = min(int(tokens[row]) * heads, int(longest[row].sum()))
-            rows.append(round_to_total(torch.ones(heads), total, high=longest[row]))
-        result.append(torch.stack(rows))
-    return result
+def _stack(rows: list[list[Tensor]]) -> list[Tensor]:
+    """[row][layer] (kv_heads,) → [layer] (rows, kv_heads)."""
+    return [torch.stack(layer) for layer in zip(*rows, strict=True)]
 
 
-def _check_floor(what: str, floor: float) -> None:
-    if not 0 <= floor <= 1:
-        raise InvalidInputError(what, floor, "a share in [0, 1]")
-
-
+# By the names that method texts use. `Proportional` is not here: its weights cannot be written as text.
 ALLOCATORS: dict[str, type] = {
     "uniform": Uniform,
     "pyramid": Pyramid,
-    "proportional": Proportional,
     "adaptive": AdaptiveHeads,
     "global": GlobalTopK,
 }

@@ -115,6 +115,11 @@ def parse_keep(text: str) -> Keep:
     return keep
 
 
+def share_of(share: float, tokens: int) -> int:
+    """The whole tokens in a share of them, rounded down; what is a whole number but for float noise stays one."""
+    return int(share * tokens + 1e-9)
+
+
 def round_to_total(shares: Tensor, total: int, low: Tensor | int = 0, high: Tensor | int | None = None) -> Tensor:
     """Whole numbers in proportion to `shares` that sum to `total` exactly, each within [low, high].
 
@@ -134,12 +139,18 @@ def round_to_total(shares: Tensor, total: int, low: Tensor | int = 0, high: Tens
     """
     weights = shares.detach().to("cpu", torch.float64).flatten()
     groups = weights.numel()
+    if groups == 0 and total == 0:
+        return torch.zeros(0, dtype=torch.int64)
     floor = torch.as_tensor(low, dtype=torch.int64).cpu().expand(groups).clone()
     no_bound = torch.full((groups,), max(total, 0), dtype=torch.int64)
     ceil = no_bound if high is None else torch.as_tensor(high, dtype=torch.int64).cpu().expand(groups)
     if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
         raise InvalidInputError("shares", weights.tolist(), "finite numbers >= 0")
-    if bool((floor > ceil).any()) or not int(floor.sum()) <= total <= int(ceil.sum()):
+    crossed = (floor > ceil).nonzero()
+    if len(crossed):
+        group = int(crossed[0])
+        raise InvalidInputError("bounds", (int(floor[group]), int(ceil[group])), "low <= high in every group")
+    if not int(floor.sum()) <= total <= int(ceil.sum()):
         raise InvalidInputError(
             "total", total, f"between {int(floor.sum())} and {int(ceil.sum())}, the sums of the bounds"
         )

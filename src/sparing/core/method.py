@@ -172,25 +172,27 @@ def parse_method(text: str, keep: Keep = 0.5) -> Method:
 
     Grammar: `name`, `name(field=value,...)`, or `scorer+allocator` with the scorer of any registered method and
     any allocator (uniform, pyramid, adaptive, global), each with fields in brackets:
-    `snapkv`, `snapkv(window=16)`, `keydiff+adaptive(floor=0.1)`.
+    `snapkv`, `snapkv(window=16)`, `keydiff+adaptive(floor=0.1)`. The last form evicts at the prompt's end. A `keep`
+    among the method's fields comes before the argument. Fields that are no number, word or truth value (a scorer,
+    a tuple) can be set in Python only.
 
     Raises:
         UnknownNameError: no such method or allocator.
-        InvalidInputError: no such field, or a value that the field does not take.
+        InvalidInputError: text that does not follow the grammar, or a value that the field does not take.
     """
     head, plus, tail = text.partition("+")
     name, fields = _call(head)
     known = methods()
     if name not in known:
         raise UnknownNameError("method", name, known)
-    recipe = _build(known[name].recipe, fields | {"keep": keep}, name)
+    recipe = _build(known[name].recipe, {"keep": keep} | fields, name)
     if not plus:
         return recipe
     allocator_name, allocator_fields = _call(tail)
     if allocator_name not in ALLOCATORS:
         raise UnknownNameError("allocator", allocator_name, ALLOCATORS)
     allocator = _build(ALLOCATORS[allocator_name], allocator_fields, allocator_name)
-    return Evict(keep=keep, scorer=recipe.parts().scorer, allocator=allocator)
+    return Evict(keep=recipe.keep, scorer=recipe.parts().scorer, allocator=allocator)
 
 
 def split_methods(text: str) -> list[str]:
@@ -207,6 +209,8 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals:
             raise InvalidInputError("method", text, "fields written as name=value")
+        if key.strip() in fields:
+            raise InvalidInputError("method", text, "each field once")
         fields[key.strip()] = _literal(value.strip())
     return match.group(1), fields
 
@@ -223,13 +227,17 @@ def _literal(text: str) -> Any:
 
 
 def _build(recipe: type, fields: dict[str, Any], name: str) -> Any:
-    allowed = {f.name: f for f in dataclasses.fields(recipe) if f.init}
+    defaults = {f.name: f.default for f in dataclasses.fields(recipe) if f.init}
     for key, value in fields.items():
-        if key not in allowed:
-            raise UnknownNameError(f"field of {name}", key, allowed)
-        default = allowed[key].default
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool) and key != "keep":
+        if key not in defaults:
+            raise UnknownNameError(f"field of {name}", key, defaults)
+        default = defaults[key]
+        if key == "keep":  # checked by the method, which takes several types
+            continue
+        if not isinstance(default, bool | int | float | str):
+            raise InvalidInputError(f"{name}.{key}", value, "an object", "build the method in Python to set it")
+        if isinstance(default, float) and type(value) is int:
             fields[key] = float(value)
-        elif isinstance(default, bool | int | float | str) and key != "keep" and type(value) is not type(default):
+        elif type(value) is not type(default):
             raise InvalidInputError(f"{name}.{key}", value, f"a value of type {type(default).__name__}")
     return recipe(**fields)

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparing.errors import InputFileError, InvalidInputError
+from sparing.errors import InputFileError, InvalidInputError, OutputError
+
+_FORMAT = "sparing-plan-1"
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,21 @@ class Plan:
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as one safetensors file."""
+        """Write the plan as one safetensors file.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         tensors: dict[str, Tensor] = {}
         for layer in self.layers:
             tensors[f"{layer.layer}.seen"] = torch.tensor(layer.seen)
             for row, heads in enumerate(layer.kept):
                 for head, kept in enumerate(heads):
-                    tensors[f"{layer.layer}.{row}.{head}"] = kept.cpu().contiguous()
-        save_file(tensors, str(path), metadata={"format": "sparing-plan-1", "method": self.method})
+                    tensors[f"{layer.layer}.{row}.{head}"] = kept.cpu().clone()
+        try:
+            save_file(tensors, str(path), metadata={"format": _FORMAT, "method": self.method})
+        except (OSError, SafetensorError) as error:
+            raise OutputError(path, f"cannot be written ({error})") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -96,23 +106,26 @@ class Plan:
         Raises:
             InputFileError: the file is missing or is no plan.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
             tensors = load_file(str(path))
         except (OSError, SafetensorError) as error:
             raise InputFileError(path, f"not a readable plan ({error})") from error
-        if metadata.get("format") != "sparing-plan-1":
+        if metadata.get("format") != _FORMAT:
             raise InputFileError(path, "not a plan", "write one with Plan.save")
-        layers = []
-        for index in sorted(int(name.split(".")[0]) for name in tensors if name.endswith(".seen")):
-            seen = tuple(tensors[f"{index}.seen"].tolist())
-            heads = sum(name.startswith(f"{index}.0.") for name in tensors)
-            kept = [[tensors[f"{index}.{row}.{head}"] for head in range(heads)] for row in range(len(seen))]
-            layers.append(LayerPlan(index, seen, kept))
-        return cls(metadata["method"], layers)
+        try:
+            indices = sorted(int(name.removesuffix(".seen")) for name in tensors if name.endswith(".seen"))
+            return cls(metadata["method"], [_layer_from(tensors, index) for index in indices])
+        except (KeyError, ValueError) as error:
+            raise InputFileError(path, f"a plan with parts missing ({error})", "write one with Plan.save") from error
+
+
+def _layer_from(tensors: dict[str, Tensor], index: int) -> LayerPlan:
+    seen = tuple(tensors[f"{index}.seen"].tolist())
+    heads = sum(name.startswith(f"{index}.0.") for name in tensors)
+    kept = [[tensors[f"{index}.{row}.{head}"] for head in range(heads)] for row in range(len(seen))]
+    return LayerPlan(index, seen, kept)
 
 
 def _jaccard(a: set[int], b: set[int]) -> float:

@@ -135,10 +135,14 @@ class Scorer:
 
 
 def standardised(values: Tensor, valid: Tensor) -> Tensor:
-    """Per row and head: subtract the mean and divide by the standard deviation of the valid entries."""
+    """Per row and head: subtract the mean and divide by the standard deviation of the valid entries.
+
+    A head whose values differ by rounding noise only is 0 throughout.
+    """
     count = valid.sum(-1, keepdim=True).clamp_min(1)
     kept = values.masked_fill(~valid, 0.0)
     mean = kept.sum(-1, keepdim=True) / count
     centred = (values - mean).masked_fill(~valid, 0.0)
     deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-    return centred / deviation.clamp_min(torch.finfo(values.dtype).tiny)
+    noise = 16 * torch.finfo(values.dtype).eps * kept.abs().amax(-1, keepdim=True)
+    return torch.where(deviation > noise, centred / deviation, 0.0)

@@ -68,6 +68,7 @@ def select(scores: Scores, counts: Tensor) -> list[list[Tensor]]:
     Returns:
         [row][kv_head] → sorted int64 token indices.
     """
+    assert bool((counts.to(scores.valid.device) <= scores.valid.sum(-1)).all()), "more tokens asked for than are valid"
     order = scores.order
     number = counts.tolist()
     return [

@@ -43,7 +43,7 @@ def attend_with_rows(query: Tensor, store: RaggedStore, softmax: Softmax) -> tup
     """
     batch, query_heads, count, dim = query.shape
     heads = store.kv_heads
-    grouped = query.view(batch * heads, -1, dim)
+    grouped = query.reshape(batch * heads, -1, dim)
     longest = max(store.lengths.tolist())
     rows = torch.zeros(batch * heads, grouped.shape[1], longest, device=query.device)
     out = query.new_empty(batch * heads, grouped.shape[1], store.values.shape[-1])
@@ -73,19 +73,15 @@ def _attend_tile(query: Tensor, store: RaggedStore, softmax: Softmax, after: int
         mask = _causal(count, even - after, groups, query.device)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=softmax.scaling)
         return out.reshape(batch, query_heads, count, -1)
+    # Views are cut from (1, 1, capacity, D): per lane, indexing would cost as much as a short lane's attention.
+    keys, values = store.keys[None, None], store.values[None, None]
     lanes = []
-    flat = grouped.flatten(0, 1)
-    for lane in range(batch * heads):
-        keys, values = store.lane(lane)
-        seen = keys.shape[0] - after
+    for queries, (start, length) in zip(grouped.view(-1, 1, 1, *grouped.shape[2:]).unbind(), store.spans, strict=True):
+        seen = length - after
         mask = _causal(count, seen, groups, query.device)
-        lanes.append(
-            F.scaled_dot_product_attention(
-                flat[lane, None, None], keys[None, None, :seen], values[None, None, :seen],
-                attn_mask=mask, scale=softmax.scaling,
-            )[0, 0]
-        )  # fmt: skip
-    return torch.stack(lanes).view(batch, query_heads, count, -1)
+        part = (keys.narrow(2, start, seen), values.narrow(2, start, seen))
+        lanes.append(F.scaled_dot_product_attention(queries, *part, attn_mask=mask, scale=softmax.scaling))
+    return torch.cat(lanes).view(batch, query_heads, count, -1)
 
 
 def _attend_explicit(grouped: Tensor, store: RaggedStore, softmax: Softmax, count: int, after: int) -> Tensor:

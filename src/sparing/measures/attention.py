@@ -6,6 +6,7 @@ Memory is bounded by one tile of rows: (B, H, G * tile, N) float32; the full map
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
 import torch
@@ -53,8 +54,8 @@ def column_mass(queries: Queries, stored: KeyValues) -> Tensor:
     tokens = stored.keys.shape[2]
     total = torch.zeros(batch, query_heads, tokens, device=queries.states.device)
     for rows, visible, probabilities in attention_tiles(queries, stored):
-        weight = queries.valid[:, None, rows, None].to(probabilities.dtype)
-        total[..., :visible] += (probabilities * weight).sum(2)
+        is_pad = ~queries.valid[:, None, rows, None]
+        total[..., :visible] += probabilities.masked_fill(is_pad, 0.0).sum(2)
     return total
 
 
@@ -70,15 +71,15 @@ def attention_tiles(queries: Queries, stored: KeyValues) -> Iterator[tuple[slice
     groups = query_heads // kv_heads
     height = max(1, min(ROWS_PER_TILE, ELEMENTS_PER_TILE // max(batch * query_heads * tokens, 1)))
     far = torch.iinfo(torch.int64).max
-    earliest = stored.positions.masked_fill(~stored.valid, far).amin((0, 1)).tolist()
+    earliest = stored.positions.masked_fill(~stored.valid, far).amin((0, 1))
+    from_here = earliest.flip(0).cummin(0).values.flip(0).tolist()  # the earliest position in this slot or after it
     latest = stored.positions.masked_fill(~stored.valid, -1).amax((0, 1)).cummax(0).values.tolist()
-    visible = 0
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
         positions = queries.positions[rows]
         first, last = int(positions[0]), int(positions[-1])
         # Slots that no row of the tile may see, at the end, are not touched at all.
-        visible = max((slot + 1 for slot in range(visible, tokens) if earliest[slot] <= last), default=visible)
+        visible = bisect_right(from_here, last)
         states = queries.states[:, :, rows].float().reshape(batch, kv_heads, -1, dim)
         logits = states @ stored.keys[:, :, :visible].float().transpose(-1, -2)
         may_see = stored.valid[:, :, None, :visible]
@@ -97,4 +98,4 @@ def _softmax(logits: Tensor, may_see: Tensor, softmax: Softmax) -> Tensor:
     if softmax.sinks is not None:
         sinks = softmax.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
-    return logits.softmax(-1).nan_to_num_(0.0)
+    return logits.softmax(-1).masked_fill_(~may_see, 0.0)

@@ -16,19 +16,26 @@ def mean_direction(keys: Tensor, valid: Tensor) -> Tensor:
         (B, H, D) float32.
     """
     unit = torch.nn.functional.normalize(keys.float(), dim=-1)
-    weight = valid.float()[..., None]
-    return (unit * weight).sum(2) / weight.sum(2).clamp_min(1.0)
+    return _mean(unit, valid)[:, :, 0]
 
 
 def centred(x: Tensor, valid: Tensor) -> Tensor:
     """x minus its mean over the valid tokens, 0 where not valid; (B, H, N, D) float32."""
-    weight = valid.float()[..., None]
-    mean = (x.float() * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp_min(1.0)
-    return (x.float() - mean) * weight
+    return (x.float() - _mean(x.float(), valid)).masked_fill(~valid[..., None], 0.0)
+
+
+def _mean(x: Tensor, valid: Tensor) -> Tensor:
+    """(B, H, 1, D) mean over the valid tokens; 0 if there are none. What is not valid may hold anything."""
+    total = x.masked_fill(~valid[..., None], 0.0).sum(2, keepdim=True)
+    return total / valid.sum(-1)[..., None, None].clamp_min(1)
 
 
 def leverage(x: Tensor, jitter: float) -> Tensor:
     """Statistical leverage of every row: l_j = x_j^T (X^T X + jitter * I)^-1 x_j, in [0, 1].
+
+    In float64 and by eigenvectors, since X^T X is singular where there are fewer rows than columns, and float32
+    loses a small jitter beside large keys. Without jitter, directions that no row has are left out
+    (pseudo-inverse), and the scores sum to the rank of X.
 
     Args:
         x: (B, H, N, K); rows of pads must be 0.
@@ -37,9 +44,8 @@ def leverage(x: Tensor, jitter: float) -> Tensor:
     Returns:
         (B, H, N) float32.
     """
-    x = x.float()
-    gram = x.transpose(-1, -2) @ x
-    eye = torch.eye(gram.shape[-1], device=x.device)
-    factor = torch.linalg.cholesky(gram + jitter * eye)
-    whitened = torch.linalg.solve_triangular(factor, x.transpose(-1, -2), upper=False)
-    return whitened.square().sum(-2)
+    wide = x.double()
+    strength, directions = torch.linalg.eigh(wide.transpose(-1, -2) @ wide)
+    rounding = x.shape[-1] * torch.finfo(torch.float64).eps * strength[..., -1:]
+    weight = torch.where(strength > rounding, 1.0 / (strength + jitter), 0.0)
+    return ((wide @ directions).square() @ weight[..., None])[..., 0].float()

@@ -6,29 +6,28 @@ for adjectives, without one: they open the quoted keys of the key-value tasks).
 
 from __future__ import annotations
 
-ADJECTIVES: tuple[str, ...] = tuple(
-    """
-    amber ancient bitter black blind blue bold brave brief bright brilliant broad broken brown busy calm
-    careful cheerful clean clear clever cold common content cool crimson curious dark deep distant double
-    dull eager early easy empty equal evil false famous fast fierce final firm flat foreign fresh gentle
-    golden grand gray great green happy heavy hidden hollow holy honest huge humble hungry idle iron large
-    lonely loose loud lovely lower mild modern narrow noble open pale patient plain polite proud purple
-    quick quiet rapid rare ready red rich rough round royal sacred secret sharp short silent silver simple
-    slow small smooth soft solid square steady steep strange strong sudden sweet tall tender thick thin tiny
-    vast warm weary white wide wild wise wooden yellow young
-    """.split()
-)
+_ADJECTIVES = """
+amber ancient bitter black blind blue bold brave brief bright brilliant broad broken brown busy calm
+careful cheerful clean clear clever cold common content cool crimson curious dark deep distant double
+dull eager early easy empty equal evil false famous fast fierce final firm flat foreign fresh gentle
+golden grand gray great green happy heavy hidden hollow holy honest huge humble hungry idle iron large
+lonely loose loud lovely lower mild modern narrow noble open pale patient plain polite proud purple
+quick quiet rapid rare ready red rich rough round royal sacred secret sharp short silent silver simple
+slow small smooth soft solid square steady steep strange strong sudden sweet tall tender thick thin tiny
+vast warm weary white wide wild wise wooden yellow young
+"""
 
-NOUNS: tuple[str, ...] = tuple(
-    """
-    angel army arrow basket battle beard bell bird boat book bottle bread bridge brother candle captain
-    carriage castle chain chair church circle city clock cloud coat coffee colour corner cottage country
-    court crown dance dinner doctor door dream dress engine farmer feather field finger fire fish flower
-    forest fountain friend garden gate glass grass guitar hall hammer harbour hat hill horse hotel house
-    island jacket judge kettle king kitchen knife ladder lady lake lamp letter library lion market mirror
-    money moon morning mountain music nation needle night ocean office orange painter palace paper picture
-    pilot pipe planet pocket prince prison queen rain ring river road roof school shadow ship shop silk
-    singer smoke snow soldier song spring squire stone storm story street summer sword table teacher temple
-    thunder tiger tower train tree valley village voyage wagon wall water window winter wolf
-    """.split()
-)
+_NOUNS = """
+angel army arrow basket battle beard bell bird boat book bottle bread bridge brother candle captain
+carriage castle chain chair church circle city clock cloud coat coffee colour corner cottage country
+court crown dance dinner doctor door dream dress engine farmer feather field finger fire fish flower
+forest fountain friend garden gate glass grass guitar hall hammer harbour hat hill horse hotel house
+island jacket judge kettle king kitchen knife ladder lady lake lamp letter library lion market mirror
+money moon morning mountain music nation needle night ocean office orange painter palace paper picture
+pilot pipe planet pocket prince prison queen rain ring river road roof school shadow ship shop silk
+singer smoke snow soldier song spring squire stone storm story street summer sword table teacher temple
+thunder tiger tower train tree valley village voyage wagon wall water window winter wolf
+"""
+
+ADJECTIVES: tuple[str, ...] = tuple(_ADJECTIVES.split())
+NOUNS: tuple[str, ...] = tuple(_NOUNS.split())

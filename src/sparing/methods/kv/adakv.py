@@ -1,13 +1,14 @@
 """AdaKV: heads compete for the layer's budget (Feng et al. 2024, arXiv:2407.11550).
 
 Ranks: kv_token, with any score that is comparable across heads; by default SnapKV's with the authors' max pooling.
-Each head keeps its best `floor` share for free, the rest of the layer's pool goes to the best tokens of all heads
-(Algorithm 1 with safeguard α ↔ floor = 0.2).
+Each head keeps its window and, for free, its best `floor` share of the rest; what remains of the layer's pool goes to
+the best tokens of all heads. Safeguard α ↔ floor = 0.2, as in the authors' experiments.
 
 Cost: as the score's, plus one sort over the layer. Heads end with different lengths, which the cache really stores.
 
 Deviations:
-1. "Free, then global" (as in kvpress) instead of the authors' convex mix of counts, whose rounding loses budget.
+1. "Free, then global" (as in kvpress) instead of the authors' convex mix of counts, whose rounding loses budget. As in
+   the authors' code, and unlike kvpress, the window comes on top of the free share.
 2. The optional re-weighting by the share of mass in the top K is not applied.
 3. A score that is not comparable across heads (norms, cosines) is standardised per head before heads compete.
 """

@@ -13,6 +13,8 @@ Cost: O(n d²) per query head for the quadratic form, O(d²) memory per head.
 Deviations:
 1. Queries before rotation are recovered by inverting the model's own rotation, not recomputed from hidden states.
 2. Scaled by the model's own `scaling` s where it is not 1/√d: z = s k·μ' + s² kᵀΣ'k / 2.
+3. The softmax is over all tokens. The authors' code (kvpress) leaves the protected first ones out of it, which
+   changes how much each query head of a group counts.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 from sparing.core.allocate import Uniform
 from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Queries, Scorer
+from sparing.errors import require
 from sparing.measures.pooling import over_group
 from sparing.measures.queries import Moments, add_moments
 
@@ -45,6 +48,11 @@ class ExpectedAttentionScore(Scorer):
     epsilon: float = 0.0
     needs_rotary: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        require(self.n_future >= 1, "n_future", self.n_future, "a number of positions >= 1")
+        require(self.sinks >= 0, "sinks", self.sinks, "a number of tokens >= 0")
+        require(self.epsilon >= 0, "epsilon", self.epsilon, "a number >= 0")
+
     def observe(self, state: Any, queries: Queries, stored: KeyValues) -> tuple[Moments, float]:
         """See `Scorer.observe`; the state is the queries' moments and the model's scaling."""
         positions = queries.positions[None, :] - stored.pads[:, None]
@@ -63,7 +71,7 @@ class ExpectedAttentionScore(Scorer):
             turn = self._mean_rotation(stored, mean.shape[-1])
             mean = (turn @ mean[..., None])[..., 0]
             covariance = turn @ covariance @ turn.transpose(-1, -2)
-        kv_heads, dim = stored.keys.shape[1], stored.keys.shape[-1]
+        kv_heads = stored.keys.shape[1]
         keys = stored.keys.float()
         expected = keys.new_empty(keys.shape[0], mean.shape[1], keys.shape[2])
         for head in range(mean.shape[1]):  # one query head at a time bounds the (N, D) intermediate

@@ -3,8 +3,8 @@
 Ranks: kv_token. A token's score is the attention that it has received from all rows so far; the cache holds the
 most recent tokens and the heaviest of the others.
 
-    s[h, j] = Σ_i A[h, i, j]   over the prompt, then += the new row at each decoded token     (Section 4, Eq. 2)
-    recent ↔ share of the budget given to the most recent tokens, 0.5 as in the paper
+    s[h, j] = Σ_i A[h, i, j]   over the prompt, then += the new row at each decoded token
+    recent ↔ share of the budget given to the most recent tokens, 0.5: as many recent ones as heavy hitters
 
 At each step as many tokens leave as came; survivors keep their sums. Cost: O(n² d) time for the prompt's column
 sums, recomputed tile by tile from queries and keys, O(n) memory.
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from sparing.core.allocate import Uniform
+from sparing.core.budget import share_of
 from sparing.core.method import Method, Moment, Parts, register
 from sparing.core.scorer import KeyValues, Queries, Scorer
+from sparing.errors import require
 from sparing.measures.attention import column_mass
 from sparing.measures.pooling import over_group
 
@@ -42,6 +44,9 @@ class AccumulatedAttention(Scorer):
     follows_decoding: ClassVar[bool] = True
     step_needs_attention: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        require(0 <= self.recent <= 1, "recent", self.recent, "a share in [0, 1]")
+
     def observe(self, state: Any, queries: Queries, stored: KeyValues) -> Tensor:
         """See `Scorer.observe`; the state is the (B, H, N) sums so far."""
         sums = over_group(column_mass(queries, stored), stored.keys.shape[1])
@@ -56,7 +61,7 @@ class AccumulatedAttention(Scorer):
 
     def protects(self, tokens_per_head: int) -> tuple[int, int]:
         """See `Scorer.protects`."""
-        return (0, int(self.recent * tokens_per_head))
+        return (0, share_of(self.recent, tokens_per_head))
 
     def step(self, scores: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
         """See `Scorer.step`."""

@@ -2,7 +2,7 @@
 
 Ranks: kv_token, by the key alone, as cached (rotated):
 
-    a_h = mean over j of k_j / ||k_j||,     s[h, j] = -cos(k_j, a_h)                             (Section 4)
+    a_h = mean over j of k_j / ||k_j||,     s[h, j] = -cos(k_j, a_h)
 
 Cost: O(n d). Known limit: everything near the common direction goes, the sinks too where their keys are common.
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from sparing.core.allocate import Uniform
 from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Scorer
+from sparing.errors import require
 from sparing.measures.keys import mean_direction
 
 
@@ -32,6 +33,9 @@ class KeyDifference(Scorer):
 
     recent: int = 16
     comparable_across_heads: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require(self.recent >= 0, "recent", self.recent, "a number of tokens >= 0")
 
     def score(self, state: Any, stored: KeyValues) -> Tensor:
         """See `Scorer.score`."""

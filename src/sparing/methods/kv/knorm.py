@@ -21,6 +21,7 @@ from torch import Tensor
 from sparing.core.allocate import Uniform
 from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Scorer
+from sparing.errors import require
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class KeyNorm(Scorer):
 
     recent: int = 16
     comparable_across_heads: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require(self.recent >= 0, "recent", self.recent, "a number of tokens >= 0")
 
     def score(self, state: Any, stored: KeyValues) -> Tensor:
         """See `Scorer.score`."""

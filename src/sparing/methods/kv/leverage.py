@@ -2,15 +2,16 @@
 
 Ranks: kv_token, by the keys before rotation, centred over the sequence, after a Gaussian sketch Φ:
 
-    X = (K - mean K) Φ,   Φ ∈ R^{d × k}, entries N(0, 1/k),     l_j = x_jᵀ (XᵀX + λ I)⁻¹ x_j        (Section 3.1)
+    X = (K - mean K) Φ,   Φ ∈ R^{d × k}, entries N(0, 1/k),     l_j = x_jᵀ (XᵀX + λ I)⁻¹ x_j
     sketch ↔ k = 48, jitter ↔ λ = 0.01
 
 This is the query-free half of Compactor; its non-causal attention half is not part of this method.
-Cost: O(n k²). The sketch is seeded and the same for every row, so results repeat and batches agree.
+Cost: O(n k²). The sketch is seeded and the same for every row and head, so results repeat and batches agree.
 
 Deviations:
 1. Keys before rotation are recovered by inverting the model's own rotation.
-2. The first 8 and last 4 tokens are protected, as in the code of the combined method.
+2. The first 8 and last 4 tokens are protected, as in the code of the combined method (kvpress).
+3. The Gram matrix is solved in float64 by its eigenvectors: in float32 λ drowns beside large keys.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from sparing.core.allocate import Uniform
 from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Scorer
+from sparing.errors import require
 from sparing.measures.keys import centred, leverage
 
 
@@ -45,6 +47,10 @@ class LeverageScore(Scorer):
     seed: int = 0
     comparable_across_heads: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.sketch >= 0, "sketch", self.sketch, "a width >= 1, or 0 for none")
+        require(self.jitter >= 0, "jitter", self.jitter, "a number >= 0")
 
     def score(self, state: Any, stored: KeyValues) -> Tensor:
         """See `Scorer.score`."""

@@ -1,12 +1,13 @@
 """PyramidKV: SnapKV with more room for early layers (Cai et al. 2024, arXiv:2406.02069).
 
-Ranks: kv_token, with SnapKV's score; the layers' budgets fall linearly with depth (Section 4.2):
+Ranks: kv_token, with SnapKV's score; the layers' budgets fall linearly with depth:
 
     layer l keeps W + max - l (max - min) / (L - 1),   min = (C - W) / β,   max = 2 (C - W) - min
-    window ↔ W, beta ↔ β = 20, C ↔ the average budget per head
+    where max > n - W, the n tokens of the prompt set it: max = n - W, min = 2 (C - W) - max
+    window ↔ W = 32 as SnapKV's, beta ↔ β = 20, C ↔ the average budget per head
 
-Cost: as SnapKV. Deviation: the budgets are rounded so that their sum is exactly L · C; the common implementation
-floors each one and drifts.
+Cost: as SnapKV. Deviation: the budgets are rounded so that their sum is exactly L · C; the authors' code floors each
+one, and the sum drifts.
 """
 
 from __future__ import annotations

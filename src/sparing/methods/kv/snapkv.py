@@ -3,7 +3,7 @@
 Ranks: kv_token. The last W queries of the prompt vote for the keys before them; votes are smoothed over
 neighbours, so that a phrase stays whole; the window itself is always kept.
 
-    s[h, j] = pool_k( mean over the last W rows i of A[h, i, j] ),  mean over the group       (Section 4.1)
+    s[h, j] = pool_k( mean over the last W rows i of A[h, i, j] ),  mean over the group
     window ↔ W = 32, kernel_size ↔ k = 5 (average) as in the authors' code
 
 Cost: O(W n d) per head at the end of the prompt.
@@ -25,7 +25,7 @@ from torch import Tensor
 from sparing.core.allocate import Uniform
 from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Queries, Scorer
-from sparing.errors import InvalidInputError
+from sparing.errors import require
 from sparing.measures.attention import attention_mass, window_rows
 from sparing.measures.pooling import over_group, pool_tokens
 
@@ -45,12 +45,10 @@ class WindowAttention(Scorer):
     pool: Literal["avg", "max"] = "avg"
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise InvalidInputError("window", self.window, "a number of rows >= 1")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise InvalidInputError("kernel_size", self.kernel_size, "an odd number >= 1")
-        if self.pool not in ("avg", "max"):
-            raise InvalidInputError("pool", self.pool, '"avg" or "max"')
+        is_odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
+        require(self.window >= 1, "window", self.window, "a number of rows >= 1")
+        require(is_odd, "kernel_size", self.kernel_size, "an odd number >= 1")
+        require(self.pool in ("avg", "max"), "pool", self.pool, '"avg" or "max"')
 
     def observe(self, state: Any, queries: Queries, stored: KeyValues) -> Queries:
         """See `Scorer.observe`; the state is the last `window` query rows."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from sparing.core.allocate import Uniform
 from sparing.core.method import Method, Moment, Parts, register
 from sparing.core.scorer import KeyValues, Scorer
+from sparing.errors import require
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Recency(Scorer):
 
     sinks: int = 4
     follows_decoding: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(self.sinks >= 0, "sinks", self.sinks, "a number of tokens >= 0")
 
     def score(self, state: Any, stored: KeyValues) -> Tensor:
         """See `Scorer.score`."""

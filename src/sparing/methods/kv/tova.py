@@ -2,13 +2,14 @@
 
 Ranks: kv_token. One row decides, averaged over all heads, so all heads of a layer keep the same tokens.
 
-    s_j = mean over all heads h of A[h, last, j]                                             (Section 3.2)
+    s_j = mean over all heads h of A[h, last, j]
 
 After the prompt the best by its last row stay; then each decoded token drops the one with the lowest score in the
-new row. Cost: O(n d) per head and step, no state. No sinks and no window are protected, but the newest token
-always stays, since it is the one that is asked.
+new row. Cost: O(n d) per head and step, no state. No sinks and no window are protected.
 
-Deviation: the prompt is cut once, at its end, not token by token.
+Deviations:
+1. The newest token always stays, since it is the one that is asked. The authors let it compete with the others.
+2. The prompt is cut once, at its end, as in the authors' code; the rule read strictly would cut token by token.
 """
 
 from __future__ import annotations
