@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparing.adapters.layers import EvictingLayer, RaggedHandle, take_updated_layer
+from sparing.adapters.handles import RaggedHandle, take_updated_layer
 from sparing.adapters.masks import LazyMask, lazy_mask
 from sparing.core.scorer import Softmax
 from sparing.errors import UnsupportedModelError
@@ -83,6 +83,3 @@ def _base_attention(base: str, module: nn.Module) -> Callable[..., AttentionResu
         return function
     shared: Callable[..., AttentionResult] = ALL_ATTENTION_FUNCTIONS[base]
     return shared
-
-
-__all__ = ["NAMES", "EvictingLayer", "attention_over", "register", "unregister"]

@@ -86,7 +86,7 @@ class EvictingCache(Cache):
             return
         self.prompt_length, self.is_reading = length, bool(self.scorers)
         for layer in self.evicting:
-            if layer.store is not None and layer.store.scores is not None:
+            if layer.store is not None and layer.store.scores is not None and self.scorers[0].accumulates:
                 layer.states = {self.scorers[0]: layer.store.padded()[4]}
 
     def begin_observing(self, query_length: int, padding: Tensor | None) -> None:
@@ -179,12 +179,22 @@ class EvictingCache(Cache):
                     ],
                 )
             )
-            if bool((layer_counts.to(layer_scores.valid.device) < layer_scores.valid.sum(-1)).any()):
-                layer.keep(kept, layer_raw.values, end)
+            drops = bool((layer_counts.to(layer_scores.valid.device) < layer_scores.valid.sum(-1)).any())
+            if drops or self.follows_decoding:
+                layer.keep(kept, layer_raw.values, end, self._limits(layer_counts))
         self.plan = Plan(self.method.label, plans)
         self.is_reading, self.prompt_length = False, None
-        for layer in self.evicting:
-            layer.states = {}
+        for layer, layer_raw in zip(self.evicting, raw, strict=True):
+            # Sums over all rows go on in the next turn; the store remembers them where there is one.
+            layer.states = {parts.scorer: layer_raw.values} if parts.scorer.accumulates and layer.store is None else {}
+
+    def _limits(self, counts: Tensor) -> Tensor:
+        """(rows, kv_heads) tokens that may be held while decoding: a ratio fixes them at the prompt's end."""
+        assert self.method is not None
+        if self.method.budget.kind == "ratio":
+            return counts
+        endless = torch.iinfo(torch.int64).max
+        return torch.full_like(counts, self.method.budget.tokens_per_head(endless, self._bytes_per_token()))
 
     def _checked_pads(self, end: int) -> list[int]:
         rows = self.evicting[0]

@@ -14,7 +14,6 @@ stored is counted by the store.
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -23,52 +22,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from sparing.adapters.handles import RaggedHandle, note_updated_layer
 from sparing.core.scorer import KeyValues, Queries, Scorer, Softmax
-from sparing.core.scores import Scores, guard_ends
+from sparing.core.scores import Scores, guard_ends, select
 from sparing.errors import CacheStateError, MethodRefusedError
 from sparing.kernels.attend import attend, attend_with_rows
 from sparing.kernels.ragged import RaggedStore
 
 if TYPE_CHECKING:
     from sparing.adapters.cache import EvictingCache
-
-# The layer whose `update` was the last in this thread: the attention call that follows belongs to it. transformers
-# hands the attention function no cache, and `module.layer_idx` is not always the cache's index.
-_current = threading.local()
-
-
-def take_updated_layer() -> EvictingLayer | None:
-    """The layer that was just updated, once."""
-    reference = getattr(_current, "layer", None)
-    _current.layer = None
-    return reference() if reference is not None else None
-
-
-class RaggedHandle(Tensor):
-    """Stands for the keys or values of a compressed layer: their logical shape, no storage, and no operations."""
-
-    layer: EvictingLayer
-
-    @staticmethod
-    def __new__(cls, layer: EvictingLayer, like: Tensor, length: int) -> RaggedHandle:
-        """A tensor without storage."""
-        shape = (*like.shape[:2], length, like.shape[-1])
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-
-    def __init__(self, layer: EvictingLayer, like: Tensor, length: int) -> None:
-        self.layer = layer
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"RaggedHandle{tuple(self.shape)}"
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        raise CacheStateError(
-            f"{func} was called on the keys or values of a compressed layer, which are not one tensor any more",
-            "use the cache inside `with sparing.use(model, ...)`, on a model that sparing supports",
-        )
 
 
 class EvictingLayer(DynamicLayer):
@@ -106,6 +68,7 @@ class EvictingLayer(DynamicLayer):
         self.attended = False
         self.transformed: tuple[Tensor, Tensor] | None = None
         self.is_transformed = False
+        self.limits: Tensor | None = None  # (lanes,) tokens that a method which follows decoding may hold
         self.short_positions: Tensor | None = None  # (B, n) of a layer that evicts whole tokens
         self.short_valid: Tensor | None = None
 
@@ -134,7 +97,7 @@ class EvictingLayer(DynamicLayer):
         if self.number == 0:
             self.cache.before_update(key_states.shape[-2])
         count = key_states.shape[-2]
-        _current.layer = weakref.ref(self)
+        note_updated_layer(self)
         if self.store is not None:
             self.store.append(key_states, value_states, self.seen)
             self.seen += count
@@ -192,6 +155,8 @@ class EvictingLayer(DynamicLayer):
         if self.number == 0:
             self.cache.before_row_change(rows)
         if self.store is not None:
+            if self.limits is not None:
+                self.limits = self.limits.view(self.store.rows, -1)[rows.to(self.limits.device)].flatten()
             self.store.select_rows(rows)
             return
         rows = rows.to(self.keys.device)
@@ -303,6 +268,9 @@ class EvictingLayer(DynamicLayer):
         if scorer.needs_rotary and structure.rotates and not can_unrotate:
             problem = f"needs queries or keys before rotation, which {structure.name} does not give"
             raise MethodRefusedError(type(scorer).__name__, problem, "use a method without them, e.g. snapkv")
+        if self.is_transformed and self.cache.follows_decoding:
+            problem = f"cannot follow decoding on {structure.name}, whose attention transforms the cached keys"
+            raise MethodRefusedError(type(scorer).__name__, problem, 'use moment="prefill_end"')
         stored = self.stored_tokens()
         values = scorer.score(self.states.get(scorer), stored).float()
         valid, positions = stored.valid, stored.positions
@@ -312,12 +280,14 @@ class EvictingLayer(DynamicLayer):
         first, recent = scorer.protects(min(tokens_per_head))
         return Scores(values, valid, guard_ends(valid, positions, stored.pads, first, recent))
 
-    def keep(self, kept: list[list[Tensor]], scores: Tensor, end: int) -> None:
+    def keep(self, kept: list[list[Tensor]], scores: Tensor, end: int, limits: Tensor) -> None:
         """Drop everything that is not kept and was seen before position `end`.
 
         Args:
             kept: [row][kv_head] → slots; `scores` (B, H, N): what to remember for methods that follow decoding.
+            limits: (B, H) tokens that methods which follow decoding may hold from now on.
         """
+        self.limits = limits.flatten().to(self.device)
         tail = self.seen - end
         if self.is_transformed:
             self._keep_tokens([row[0] for row in kept], tail)
@@ -357,28 +327,33 @@ class EvictingLayer(DynamicLayer):
         )
 
     def _attend_and_step(self, query: Tensor, softmax: Softmax) -> Tensor:
-        """Attend, let the scorer follow, and evict as many tokens as came."""
+        """Attend, let the scorer follow, and evict what exceeds the limits."""
         store, scorer = self.store, self.cache.scorers[0]
         assert store is not None
         assert store.scores is not None
+        assert self.limits is not None
         rows = None
         if scorer.step_needs_attention:
             out, rows = attend_with_rows(query, store, softmax)
         else:
             out = attend(query, store, softmax)
         slots = torch.arange(int(store.lengths.max()), device=query.device)
-        for remaining in range(query.shape[2], 0, -1):
-            # Lanes may differ in length (padded batches), so work on a padded view of the bookkeeping only.
-            valid = (slots < store.lengths[:, None]).view(store.rows, store.kv_heads, -1)
-            index = (store.starts[:, None] + slots).view_as(valid).masked_fill(~valid, 0)
-            positions, scores = store.positions[index].long(), store.scores[index]
-            if remaining == query.shape[2]:
-                scores = scorer.step(scores, rows, positions)
-                store.scores[index[valid]] = scores[valid]
-            pads = self.cache.pads(store.rows).to(query.device)
-            first, recent = scorer.protects(int(store.lengths.min()) - remaining)
-            guard = guard_ends(valid, positions, pads, first, recent)
-            store.drop_one(_worst(Scores(scores, valid, guard)).flatten())
+        # Lanes may differ in length (padded batches), so this works on a padded view of the bookkeeping only.
+        valid = (slots < store.lengths[:, None]).view(store.rows, store.kv_heads, -1)
+        index = (store.starts[:, None] + slots).view_as(valid).masked_fill(~valid, 0)
+        positions = store.positions[index].long()
+        values = scorer.step(store.scores[index], rows, positions)
+        store.scores[index[valid]] = values[valid]
+        pads = self.cache.pads(store.rows).to(query.device)
+        first, recent = scorer.protects(int(self.limits.min()))
+        scores = Scores(values, valid, guard_ends(valid, positions, pads, first, recent))
+        excess = store.lengths - self.limits
+        if int(excess.max()) == 1:  # a decoded token: one slot per lane changes, nothing is copied
+            store.drop_one(_worst(scores).flatten(), excess == 1)
+        elif int(excess.max()) > 1:
+            keys, stored_values, _, _, _ = store.padded()
+            kept = select(scores, torch.minimum(self.limits, store.lengths).view(store.rows, -1))
+            self.store = RaggedStore.pack(kept, keys, stored_values, positions, values)
         self.tail = 0
         return out
 

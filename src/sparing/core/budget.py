@@ -124,7 +124,7 @@ def round_to_total(shares: Tensor, total: int, low: Tensor | int = 0, high: Tens
     """Whole numbers in proportion to `shares` that sum to `total` exactly, each within [low, high].
 
     The library's only rounding routine: largest remainder, with clamping; what a clamp cuts off or forces is
-    spread over the others in proportion to their shares, and ties go to the lower index.
+    spread over the others in proportion to their shares, and ties (up to 1e-9) go to the lower index.
 
     Args:
         shares: (groups,) non-negative weights, any scale; all zero means equal shares.
@@ -173,9 +173,14 @@ def _water_fill(weights: Tensor, total: int, floor: Tensor, ceil: Tensor) -> Ten
         weights = torch.ones_like(weights)
     # A zero weight may still have to take what the others' ceilings leave over; a tiny share lets it.
     weights = weights.clamp_min(float(weights.max()) * 1e-12)
+    free = weights * (total / float(weights.sum()))
+    if bool(((free >= floor) & (free <= ceil)).all()):  # no bound holds: no search, which eviction would wait for
+        return free
     below, above = 0.0, (float(ceil.max()) + 1.0) / float(weights.min())
     for _ in range(200):
         scale = 0.5 * (below + above)
+        if scale in (below, above):  # neighbouring floats: nothing lies between
+            break
         if float((weights * scale).clamp(floor, ceil).sum()) < total:
             below = scale
         else:

@@ -96,12 +96,14 @@ class Scorer:
             not). Where False, allocators that let heads compete see scores standardised per head.
         needs_rotary: True if the model's rotary embedding must be invertible for this scorer.
         follows_decoding: True if `step` is implemented.
+        accumulates: True if the scores of one turn are the state that the next turn begins with.
         step_needs_attention: True if `step` needs the attention of the new tokens.
     """
 
     comparable_across_heads: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = False
     follows_decoding: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = False
     step_needs_attention: ClassVar[bool] = False
 
     def observe(self, state: Any, queries: Queries, stored: KeyValues) -> Any:

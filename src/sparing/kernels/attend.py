@@ -101,15 +101,16 @@ def _attend_explicit(grouped: Tensor, store: RaggedStore, softmax: Softmax, coun
 def _probabilities(
     queries: Tensor, keys: Tensor, softmax: Softmax, mask: Tensor | None, sinks: Tensor | None
 ) -> Tensor:
-    """(rows, n) attention in float32; learned sinks take part in the normalisation only."""
-    logits = (queries @ keys.T).float() * softmax.scaling
+    """(rows, n) attention in at least float32; learned sinks take part in the normalisation only."""
+    exact = torch.promote_types(queries.dtype, torch.float32)
+    logits = (queries @ keys.T).to(exact) * softmax.scaling
     if softmax.softcap is not None:
         logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     if sinks is None:
         return logits.softmax(-1)
-    return torch.cat([logits, sinks[:, None]], dim=-1).softmax(-1)[:, :-1]
+    return torch.cat([logits, sinks[:, None].to(exact)], dim=-1).softmax(-1)[:, :-1]
 
 
 def _sinks(softmax: Softmax, heads: int, batch: int, count: int) -> Tensor | None:

@@ -85,7 +85,7 @@ def attention_tiles(queries: Queries, stored: KeyValues) -> Iterator[tuple[slice
         may_see = stored.valid[:, :, None, :visible]
         if visible and latest[visible - 1] > first:  # some rows of the tile have keys in their future
             may_see = may_see & (stored.positions[:, :, None, :visible] <= positions[:, None])
-        logits = logits.view(batch, query_heads, -1, visible)
+        logits = logits.view(batch, query_heads, len(positions), visible)
         yield rows, visible, _softmax(logits, may_see.repeat_interleave(groups, dim=1), queries.softmax)
 
 

@@ -42,6 +42,7 @@ class AccumulatedAttention(Scorer):
 
     recent: float = 0.5
     follows_decoding: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = True
     step_needs_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
