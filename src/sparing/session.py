@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from sparing.adapters.attach import Attachment
 from sparing.adapters.cache import CacheReport, EvictingCache
+from sparing.adapters.handles import take_updated_layer
 from sparing.adapters.structure import read_structure
 from sparing.core.method import Method
 from sparing.errors import CacheStateError, InvalidInputError, MethodRefusedError
@@ -38,13 +39,15 @@ class Session:
         self.cache: EvictingCache | None = None
         self._attachment: Attachment | None = None
         self._hook: Any = None
+        self._own_generate: dict[str, Any] = {}
 
     def __enter__(self) -> Session:
         self._attachment = Attachment(self.model)
         self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._own_generate = {name: value for name, value in vars(self.model).items() if name == "generate"}
         if hasattr(self.model, "generate"):
             generate: Any = self.model.generate
-            # On the instance, so that leaving the block is deleting it again.
+            # On the instance, so that leaving the block is deleting it again, or putting the user's own back.
             self.model.__dict__["generate"] = functools.wraps(generate)(functools.partial(self._generate, generate))
         return self
 
@@ -52,7 +55,9 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.model.__dict__.pop("generate", None)
+        self.model.__dict__.update(self._own_generate)
         self._hook.remove()
+        take_updated_layer()  # an exception may have come between a layer's update and its attention
         assert self._attachment is not None
         self._attachment.detach()
         self._attachment = None
@@ -86,8 +91,14 @@ class Session:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a call without a cache one of ours; refuse a cache that cannot be compressed."""
+        take_updated_layer()  # of a forward that was interrupted
         past = kwargs.get("past_key_values")
-        if isinstance(past, EvictingCache) or kwargs.get("use_cache") is False:
+        if past is None and kwargs.get("use_cache") is False:
+            return None
+        if kwargs.get("output_attentions") or getattr(self.model.config, "output_attentions", False):
+            fix = "compressed layers have no attention map; ask the model for it outside the block"
+            raise InvalidInputError("output_attentions", True, "False inside `with sparing.use(...)`", fix)
+        if isinstance(past, EvictingCache):
             return None
         if isinstance(past, Cache):
             problem = f"a {type(past).__name__} was passed, which cannot be compressed"
@@ -116,8 +127,8 @@ class Session:
         if drafted and self.method.parts().moment == "every_step":
             problem = "drafted tokens are cropped again, but this method drops others for them at once"
             raise MethodRefusedError(self.method.label, problem, 'use moment="prefill_end"')
-        if kwargs.get("cache_implementation") is not None:
-            got = kwargs["cache_implementation"]
+        got = kwargs.get("cache_implementation", getattr(kwargs.get("generation_config"), "cache_implementation", None))
+        if got is not None:
             raise InvalidInputError("cache_implementation", got, "nothing: the session brings its own cache")
 
 

@@ -103,6 +103,13 @@ def test_sentences_do_not_end_after_a_title():
     assert all(s[0] == " " and s[1] != " " for s in haystack.sentences())
 
 
+def test_keys_share_no_word_while_the_words_last():
+    keys = list(haystack.shuffled_keys(random.Random(5)))
+    assert sorted(keys) == sorted(haystack.all_keys())
+    first = [key.split() for key in keys[:100]]
+    assert len({adjective for adjective, _ in first}) == len({noun for _, noun in first}) == 100
+
+
 def test_needle_keys_repeat_only_when_all_are_used():
     total = len(haystack.all_keys())
     found = list(itertools.islice(haystack.needles(random.Random(0), "number", {"amber river"}), total))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, DynamicCache
 
 from sparing.adapters.layers import EvictingLayer
@@ -186,6 +187,7 @@ class EvictingCache(Cache):
         self.is_reading, self.prompt_length = False, None
         for layer, layer_raw in zip(self.evicting, raw, strict=True):
             # Sums over all rows go on in the next turn; the store remembers them where there is one.
+            layer.transformed = None
             layer.states = {parts.scorer: layer_raw.values} if parts.scorer.accumulates and layer.store is None else {}
 
     def _limits(self, counts: Tensor) -> Tensor:
@@ -257,10 +259,9 @@ class EvictingCache(Cache):
     @property
     def bytes_kept(self) -> int:
         """Bytes that this cache holds: every tensor of every layer, slack and bookkeeping included."""
-        total = 0
+        total = 0 if self._padding is None else self._padding.nbytes
         for layer in self.layers:
-            tensors = [t for t in vars(layer).values() if isinstance(t, Tensor)]
-            total += sum(t.nbytes for t in tensors)
+            total += _bytes_alive(layer)
             if isinstance(layer, EvictingLayer) and layer.store is not None:
                 total += layer.store.nbytes
         return total
@@ -272,7 +273,7 @@ class EvictingCache(Cache):
         layer: Any
         for layer in self.layers:
             if not isinstance(layer, EvictingLayer):
-                total += sum(t.nbytes for t in vars(layer).values() if isinstance(t, Tensor))
+                total += _bytes_alive(layer)
             elif layer.store is not None:
                 per_slot = layer.store.keys.shape[-1] + layer.store.values.shape[-1]
                 lanes = layer.store.rows * layer.store.kv_heads
@@ -288,6 +289,12 @@ class EvictingCache(Cache):
             self.evict()
         label = self.method.label if self.method is not None else "full"
         return CacheReport(label, self.evicting[0].seen, self.bytes_full, self.bytes_kept, self.plan)
+
+
+def _bytes_alive(layer: Any) -> int:
+    """Bytes of the storages behind a layer's tensors: a sliding window may be a view of more than the window."""
+    tensors = [leaf for leaf in pytree.tree_leaves(list(vars(layer).values())) if isinstance(leaf, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _standardised(scores: Scores) -> Scores:

@@ -108,8 +108,9 @@ class EvictingLayer(DynamicLayer):
             new = torch.arange(self.seen, self.seen + count, device=key_states.device).expand(rows, -1)
             self.short_positions = torch.cat([self.short_positions, new], dim=1)
             self.short_valid = torch.cat([self.short_valid, torch.ones_like(new, dtype=torch.bool)], dim=1)
-        self.keys = torch.cat([self.keys, key_states], dim=-2) if self.keys.numel() else key_states
-        self.values = torch.cat([self.values, value_states], dim=-2) if self.values.numel() else value_states
+        # Copied even when empty, as transformers does: the states may be views of one fused, larger projection.
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
         self.seen += count
         self.tail += count
         return self.keys, self.values
@@ -128,6 +129,9 @@ class EvictingLayer(DynamicLayer):
             self.store.drop_newest(count)
         else:
             self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
+            if self.transformed is not None:
+                keys, values = self.transformed
+                self.transformed = (keys[..., :-count, :], values[..., :-count, :])
             if self.short_positions is not None and self.short_valid is not None:
                 self.short_positions = self.short_positions[:, :-count]
                 self.short_valid = self.short_valid[:, :-count]
@@ -209,7 +213,7 @@ class EvictingLayer(DynamicLayer):
         cache = self.cache
         if self.number == 0:
             cache.begin_observing(query.shape[2], padding)
-        if self.is_transformed and (cache.is_reading or self.is_compressed):
+        if self.is_transformed and cache.is_reading:  # held no longer than needed: it is larger than the cache
             self.transformed = (key, value)
         if cache.is_reading:
             self._watch(query, softmax, self.stored_tokens())
@@ -277,7 +281,7 @@ class EvictingLayer(DynamicLayer):
         if self.is_transformed:  # one choice for the whole layer
             values, valid, positions = values.mean(1, keepdim=True), valid[:, :1], positions[:, :1]
         valid = valid & (positions < end)
-        first, recent = scorer.protects(min(tokens_per_head))
+        first, recent = torch.tensor([scorer.protects(tokens) for tokens in tokens_per_head]).unbind(-1)
         return Scores(values, valid, guard_ends(valid, positions, stored.pads, first, recent))
 
     def keep(self, kept: list[list[Tensor]], scores: Tensor, end: int, limits: Tensor) -> None:
@@ -345,7 +349,8 @@ class EvictingLayer(DynamicLayer):
         values = scorer.step(store.scores[index], rows, positions)
         store.scores[index[valid]] = values[valid]
         pads = self.cache.pads(store.rows).to(query.device)
-        first, recent = scorer.protects(int(self.limits.min()))
+        per_row = self.limits.view(store.rows, -1)[:, 0].tolist()  # the same for all heads of a row
+        first, recent = torch.tensor([scorer.protects(limit) for limit in per_row]).unbind(-1)
         scores = Scores(values, valid, guard_ends(valid, positions, pads, first, recent))
         excess = store.lengths - self.limits
         if int(excess.max()) == 1:  # a decoded token: one slot per lane changes, nothing is copied

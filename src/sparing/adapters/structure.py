@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparing.adapters.rotary import ModelRotary, find_rotary
 from sparing.errors import UnsupportedModelError
@@ -45,6 +45,9 @@ def read_structure(model: nn.Module) -> Structure:
     if not model._can_set_attn_implementation():
         problem = "its attention does not go through transformers' AttentionInterface"
         raise UnsupportedModelError(name, problem, "use a model type that supports attn_implementation='sdpa'")
+    if getattr(model, "_is_stateful", False) and not hasattr(Cache, "has_previous_state"):
+        problem = "in this version of transformers its recurrent state needs a cache class of its own"
+        raise UnsupportedModelError(name, problem, "install a newer transformers")
     layers = DynamicCache(config=model.config).layers
     full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     if not full:

@@ -39,18 +39,19 @@ class Scores:
         return by_value.gather(-1, by_guard)
 
 
-def guard_ends(valid: Tensor, positions: Tensor, pads: Tensor, first: int, recent: int) -> Tensor:
+def guard_ends(valid: Tensor, positions: Tensor, pads: Tensor, first: int | Tensor, recent: int | Tensor) -> Tensor:
     """Protect the first and the most recent tokens of every row and head.
 
     Args:
         valid: (rows, kv_heads, tokens) bool. positions: same shape, cache positions, in any order.
         pads: (rows,) left pads per row.
-        first: how many tokens at the start of the sequence are protected (attention sinks).
-        recent: how many tokens at its end are protected.
+        first: how many tokens at the start of the sequence are protected (attention sinks); one number or (rows,).
+        recent: how many tokens at its end are protected, likewise.
 
     Returns:
         (rows, kv_heads, tokens) int64 guards: the first above all (earliest highest), then the newest.
     """
+    first, recent = (torch.as_tensor(n, device=valid.device).view(-1, 1, 1) for n in (first, recent))
     newest = positions.masked_fill(~valid, -1).amax(-1, keepdim=True)
     guard = (recent - (newest - positions)).clamp_min(0)
     from_start = (first - (positions - pads[:, None, None])).clamp_min(0)

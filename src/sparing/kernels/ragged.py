@@ -107,12 +107,13 @@ class RaggedStore:
 
     @property
     def even(self) -> int | None:
-        """The common length if all lanes are equally long and laid out evenly, else None."""
+        """The common length if all lanes are equally long and have equal room, else None."""
         lengths, starts = self._length_list, self._start_list
         if lengths.count(lengths[0]) != len(lengths):
             return None
         stride = starts[1] - starts[0] if len(starts) > 1 else self.keys.shape[0]
-        return lengths[0] if starts == [i * stride for i in range(len(starts))] else None
+        evenly = starts == [i * stride for i in range(len(starts))] and self.keys.shape[0] == stride * len(starts)
+        return lengths[0] if evenly else None
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -148,13 +149,6 @@ class RaggedStore:
         """Everything that has one entry per stored token."""
         buffers = [self.keys, self.values, self.positions]
         return buffers if self.scores is None else [*buffers, self.scores]
-
-    def _occupied(self) -> Tensor:
-        """Flat indices of all stored tokens, lane by lane."""
-        lengths = self.lengths
-        first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        within = torch.arange(int(lengths.sum()), device=lengths.device) - first
-        return torch.repeat_interleave(self.starts, lengths) + within
 
     # -- changing -----------------------------------------------------------------------------------------------
 

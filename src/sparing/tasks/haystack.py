@@ -20,7 +20,7 @@ from importlib import resources
 
 from sparing.tasks.encoding import Encoder, Piece
 from sparing.tasks.formats import NEEDLE, NOISE
-from sparing.tasks.words import ADJECTIVES, NOUNS
+from sparing.tasks.words import ADJECTIVES, NOUNS, shuffled_keys
 
 KINDS = ("text", "noise", "needles")
 VALUE_KINDS = ("number", "word")
@@ -44,8 +44,7 @@ def noise(rng: random.Random) -> Iterator[str]:
 
 def needles(rng: random.Random, kind: str, taken: Iterable[str]) -> Iterator[str]:
     """Yield needles with any keys but those taken, without end; no key twice until all have been used."""
-    keys = [key for key in all_keys() if key not in set(taken)]
-    rng.shuffle(keys)
+    keys = [key for key in shuffled_keys(rng) if key not in set(taken)]
     for key in itertools.cycle(keys):
         yield NEEDLE.format(kind=kind, key=key, value=draw_value(rng, kind))
 
@@ -104,8 +103,8 @@ def all_keys() -> tuple[str, ...]:
 
 
 def draw_keys(rng: random.Random, count: int) -> list[str]:
-    """Draw different keys, such as "amber river"."""
-    return rng.sample(all_keys(), count)
+    """Draw different keys, such as "amber river", that share no word (see `words.shuffled_keys`)."""
+    return list(itertools.islice(shuffled_keys(rng), count))
 
 
 def draw_value(rng: random.Random, kind: str) -> str:

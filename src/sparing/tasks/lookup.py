@@ -72,7 +72,7 @@ class KeyValueRetrieval(Task):
 
     def _entries(self, rng: random.Random) -> Iterator[Entry]:
         """Draw entries until every key has been used."""
-        for key in rng.sample(haystack.all_keys(), len(haystack.all_keys())):
+        for key in haystack.shuffled_keys(rng):
             yield Entry(rng.random(), key, haystack.draw_value(rng, self.values_are))
 
 

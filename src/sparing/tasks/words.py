@@ -6,6 +6,9 @@ for adjectives, without one: they open the quoted keys of the key-value tasks).
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+
 _ADJECTIVES = """
 amber ancient bitter black blind blue bold brave brief bright brilliant broad broken brown busy calm
 careful cheerful clean clear clever cold common content cool crimson curious dark deep distant double
@@ -31,3 +34,14 @@ thunder tiger tower train tree valley village voyage wagon wall water window win
 
 ADJECTIVES: tuple[str, ...] = tuple(_ADJECTIVES.split())
 NOUNS: tuple[str, ...] = tuple(_NOUNS.split())
+
+
+def shuffled_keys(rng: random.Random) -> Iterator[str]:
+    """Yield every key ("amber river") in random order; those in a row share no word for as long as the words last.
+
+    With thousands of words, as in RULER, keys that share one are rare; with a short list they would be the rule.
+    """
+    adjectives, nouns = rng.sample(ADJECTIVES, len(ADJECTIVES)), rng.sample(NOUNS, len(NOUNS))
+    for shift in range(len(nouns)):
+        for place, adjective in enumerate(adjectives):
+            yield f"{adjective} {nouns[(place + shift) % len(nouns)]}"
