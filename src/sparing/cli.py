@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sparing.compare.sweep import Cell, Contestant, Sweep
     from sparing.tasks import Task
 
-DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,copy,perplexity"
+DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -229,6 +229,7 @@ class EvictingLayer(DynamicLayer):
         valid = positions[None, :] >= cache.pads(query.shape[0]).to(query.device)[:, None]
         queries = Queries(query[:, :, : end - start], positions, valid, softmax)
         for scorer in cache.scorers:
+            self._check(scorer)
             began = time.perf_counter()
             self.states[scorer] = scorer.observe(self.states.get(scorer), queries, stored)
             cache.observing_seconds[scorer] += time.perf_counter() - began
@@ -265,16 +266,20 @@ class EvictingLayer(DynamicLayer):
         rotary = cache.structure.rotary
         return KeyValues(keys, values, valid, positions, pads, self.number, len(cache.evicting), rotary)
 
-    def scores(self, scorer: Scorer, end: int, tokens_per_head: list[int]) -> Scores:
-        """Score what is stored, up to position `end`; what comes after is neither scored nor dropped."""
-        structure = self.cache.structure
+    def _check(self, scorer: Scorer) -> None:
+        """Refuse a scorer that this layer cannot serve."""
+        structure, name = self.cache.structure, type(scorer).__name__
         can_unrotate = structure.rotary is not None and not self.is_transformed
         if scorer.needs_rotary and structure.rotates and not can_unrotate:
             problem = f"needs queries or keys before rotation, which {structure.name} does not give"
-            raise MethodRefusedError(type(scorer).__name__, problem, "use a method without them, e.g. snapkv")
+            raise MethodRefusedError(name, problem, "use a method without them, e.g. snapkv")
         if self.is_transformed and self.cache.follows_decoding:
             problem = f"cannot follow decoding on {structure.name}, whose attention transforms the cached keys"
-            raise MethodRefusedError(type(scorer).__name__, problem, 'use moment="prefill_end"')
+            raise MethodRefusedError(name, problem, 'use moment="prefill_end"')
+
+    def scores(self, scorer: Scorer, end: int, tokens_per_head: list[int]) -> Scores:
+        """Score what is stored, up to position `end`; what comes after is neither scored nor dropped."""
+        self._check(scorer)
         stored = self.stored_tokens()
         values = scorer.score(self.states.get(scorer), stored).float()
         valid, positions = stored.valid, stored.positions

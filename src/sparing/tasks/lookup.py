@@ -38,7 +38,7 @@ class KeyValueRetrieval(Task):
     metric = "exact"
     description = "a JSON object that fills the context, asked for some of its values"
     questions: int = 4
-    values_are: str = "number"
+    values_are: str = "word"
 
     def __post_init__(self) -> None:
         check_count("questions", self.questions, most=64)

@@ -1,0 +1,1 @@
+"""The contract checks, one function each; see `sparing.testing.contract` for the list and the runner."""
