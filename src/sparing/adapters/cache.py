@@ -85,6 +85,8 @@ class EvictingCache(Cache):
         """
         if self.method is not None and self.method.budget.keeps_all:
             return
+        if self.is_due:  # an earlier turn ended with its prompt: it must not wait for this one
+            self.evict()
         self.prompt_length, self.is_reading = length, bool(self.scorers)
         for layer in self.evicting:
             if layer.store is not None and layer.store.scores is not None and self.scorers[0].accumulates:
@@ -100,11 +102,8 @@ class EvictingCache(Cache):
 
     def before_update(self, query_length: int) -> None:
         """New tokens are about to be stored: evict first, if the prompt has been read."""
-        if not self.is_reading or self.method is None:
-            return
-        seen = self.evicting[0].seen
-        done = query_length == 1 if self.prompt_length is None else seen >= self.prompt_length
-        if done and seen > 0:
+        ends_here = self.prompt_length is None and query_length == 1 and self.evicting[0].seen > 0
+        if self.is_due or (ends_here and self.is_reading and self.method is not None):
             self.evict()
 
     def before_row_change(self, rows: Tensor) -> None:
@@ -125,6 +124,12 @@ class EvictingCache(Cache):
     def after_reset(self) -> None:
         """The cache is empty again."""
         self.plan, self.prompt_length, self.is_reading, self._padding = None, None, False, None
+
+    @property
+    def is_due(self) -> bool:
+        """True if an announced prompt has been read and nothing has been dropped for it yet."""
+        read = self.prompt_length is not None and self.evicting[0].seen >= self.prompt_length > 0
+        return self.method is not None and self.is_reading and read
 
     @property
     def follows_decoding(self) -> bool:

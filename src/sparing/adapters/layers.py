@@ -40,7 +40,7 @@ class EvictingLayer(DynamicLayer):
         number: which of the cache's evicting layers this is.
         seen: tokens of the sequence so far, pads included.
         store: the ragged heads once compressed, else None.
-        tail: tokens after the prompt that lie at the end of every lane and can be cropped.
+        tail: newest tokens that lie without a gap at the end of every lane, and can be cropped.
         states: what each scorer has observed of the prompt in progress.
         transformed: keys and values as the attention sees them, (B, Hq, N, D), if the model transforms them.
     """
@@ -248,6 +248,15 @@ class EvictingLayer(DynamicLayer):
             return self.store.kv_heads
         return 1 if self.is_transformed else int(self.keys.shape[1])
 
+    @property
+    def can_unrotate(self) -> bool:
+        """True if keys were cached unrotated, or rotated as a whole by an embedding that can be inverted."""
+        structure = self.cache.structure
+        if not structure.rotates:
+            return True
+        keys = self.keys if self.store is None else self.store.keys
+        return structure.rotary is not None and not self.is_transformed and keys.shape[-1] == structure.rotary.head_dim
+
     def stored_tokens(self) -> KeyValues:
         """What is stored, as scorers see it."""
         cache = self.cache
@@ -269,8 +278,7 @@ class EvictingLayer(DynamicLayer):
     def _check(self, scorer: Scorer) -> None:
         """Refuse a scorer that this layer cannot serve."""
         structure, name = self.cache.structure, type(scorer).__name__
-        can_unrotate = structure.rotary is not None and not self.is_transformed
-        if scorer.needs_rotary and structure.rotates and not can_unrotate:
+        if scorer.needs_rotary and not self.can_unrotate:
             problem = f"needs queries or keys before rotation, which {structure.name} does not give"
             raise MethodRefusedError(name, problem, "use a method without them, e.g. snapkv")
         if self.is_transformed and self.cache.follows_decoding:
@@ -310,9 +318,22 @@ class EvictingLayer(DynamicLayer):
             follows = scores if self.cache.remembers_scores else None
             self.store = RaggedStore.pack(kept, stored.keys, stored.values, stored.positions, follows)
             self.keys = self.values = None
-        self.tail = tail
+        self.tail = self._newest_run()
         self.transformed = None
         self.states = {}
+
+    def _newest_run(self) -> int:
+        """How many of the newest tokens every lane still holds without a gap: those can be cropped again."""
+        if self.store is not None:
+            lanes = [self.store.positions[start : start + length] for start, length in self.store.spans]
+        else:
+            lanes = list(self.short_positions) if self.short_positions is not None else []
+        runs = []
+        for positions in lanes:
+            count = positions.shape[0]
+            unbroken = positions == torch.arange(self.seen - count, self.seen, device=positions.device)
+            runs.append(int(unbroken.flip(0).long().cumprod(0).sum()))
+        return min(runs)
 
     @staticmethod
     def _tail_slots(stored: KeyValues, row: int, head: int, end: int) -> Tensor:

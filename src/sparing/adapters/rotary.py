@@ -16,10 +16,13 @@ class ModelRotary:
 
     Unrotating is rotating by the negative angle, divided by the square of the scale that some embeddings (YaRN)
     put on cosine and sine.
+
+    Attributes:
+        head_dim: size of the heads that it is for; latent attention rotates only a part that is cached with others.
     """
 
-    def __init__(self, embedding: nn.Module, apply: Callable[..., Any]) -> None:
-        self.embedding, self.apply = embedding, apply
+    def __init__(self, embedding: nn.Module, apply: Callable[..., Any], head_dim: int) -> None:
+        self.embedding, self.apply, self.head_dim = embedding, apply, head_dim
         self.scale = float(getattr(embedding, "attention_scaling", 1.0))
         self.extra = {}
         if "layer_type" in inspect.signature(embedding.forward).parameters:
@@ -45,11 +48,11 @@ class ModelRotary:
         return rotated
 
     @torch.no_grad()
-    def is_inverse(self, head_dim: int) -> bool:
-        """True if `unrotate` really undoes `rotate` for heads of this size."""
+    def is_inverse(self) -> bool:
+        """True if `unrotate` really undoes `rotate` for its heads."""
         generator = torch.Generator().manual_seed(0)
         device = next(iter(self.embedding.buffers()), torch.zeros(0)).device
-        x = torch.randn(1, 1, 3, head_dim, generator=generator).to(device)
+        x = torch.randn(1, 1, 3, self.head_dim, generator=generator).to(device)
         positions = torch.tensor([[0, 5, 1000]], device=device)
         try:
             back = self.unrotate(self.rotate(x, positions), positions)
@@ -73,5 +76,5 @@ def find_rotary(model: nn.Module, head_dim: int | None) -> tuple[bool, ModelRota
     apply = getattr(module, "apply_rotary_pos_emb", None)
     if apply is None or head_dim is None:
         return True, None
-    rotary = ModelRotary(embedding, apply)
-    return True, rotary if rotary.is_inverse(head_dim) else None
+    rotary = ModelRotary(embedding, apply, head_dim)
+    return True, rotary if rotary.is_inverse() else None
