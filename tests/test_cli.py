@@ -151,7 +151,9 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(name: str, tmp_path: Path
     assert not list(tmp_path.rglob("report.html"))
 
 
-@pytest.mark.parametrize(("content", "expected"), [(b"", "empty"), (b"\x00\x01\x02", "binary"), (b"\xff\xfe\xfa", "UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "expected"), [(b"", "empty"), (b"\x00\x01\x02", "binary"), (b"\xff\xfe\xfa", "UTF-8")]
+)
 def test_a_context_that_is_no_text(content: bytes, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "context.txt"
     path.write_bytes(content)
@@ -194,7 +196,9 @@ def test_a_full_disk_is_said_and_earlier_rows_stay(finished: Path) -> None:
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     words = ["compare", *QUICK, "--samples", "50", "--tasks", "needle_single", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (tmp_path / "run.json").exists():
         time.sleep(0.05)

@@ -35,7 +35,9 @@ def test_every_registered_method_has_a_public_class() -> None:
         assert getattr(sparing, info.recipe.__name__) is info.recipe
 
 
-@pytest.mark.parametrize("code", ["import sparing", "import sparing.cli", "import sparing.tasks, sparing.compare.store"])
+@pytest.mark.parametrize(
+    "code", ["import sparing", "import sparing.cli", "import sparing.tasks, sparing.compare.store"]
+)
 def test_importing_loads_no_torch(code: str) -> None:
     done = run("-c", f"{code}; import sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)")
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,12 @@ def method(request: pytest.FixtureRequest) -> Method:
 def generate(model: Any, ids: Tensor, **options: Any) -> Any:
     # With a mask given, a token that happens to be the pad token is a token.
     options = {"attention_mask": torch.ones_like(ids)} | options
-    options = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True} | options
+    options = {
+        "max_new_tokens": STEPS,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    } | options
     return model.generate(ids, **options)
 
 

@@ -28,9 +28,7 @@ def case(lengths: list[list[int]], new: int, seed: int = 0) -> tuple[Tensor, Rag
 
     rows = len(lengths)
     keys, values = draw(rows, HEADS, TOKENS + new, DIM), draw(rows, HEADS, TOKENS + new, DIM)
-    kept = [
-        [torch.randperm(TOKENS, generator=generator)[:n].sort().values for n in per_head] for per_head in lengths
-    ]
+    kept = [[torch.randperm(TOKENS, generator=generator)[:n].sort().values for n in per_head] for per_head in lengths]
     positions = torch.arange(TOKENS).expand(rows, HEADS, -1)
     store = RaggedStore.pack(kept, keys[:, :, :TOKENS], values[:, :, :TOKENS], positions, None)
     poison(store)

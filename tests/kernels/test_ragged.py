@@ -38,20 +38,21 @@ def fresh(rng: random.Random, lengths: list[list[int]]) -> tuple[RaggedStore, li
     positions = torch.arange(total).expand(rows, HEADS, -1)
     store = RaggedStore.pack(kept, *tokens(numbers), positions, numbers.clone())
     lanes = [
-        sorted((float(numbers[r, h, i]), int(i)) for i in kept[r][h].tolist()) for r in range(rows) for h in range(HEADS)
+        sorted((float(numbers[r, h, i]), int(i)) for i in kept[r][h].tolist())
+        for r in range(rows)
+        for h in range(HEADS)
     ]
     return store, lanes
 
 
 def append(rng: random.Random, store: RaggedStore, lanes: list[Lane], clock: int) -> tuple[list[Lane], int]:
     count = rng.choice((1, 1, 1, 3, 40))
-    numbers = torch.tensor(
-        [[[rng.random() for _ in range(count)] for _ in range(HEADS)] for _ in range(store.rows)]
-    )
+    numbers = torch.tensor([[[rng.random() for _ in range(count)] for _ in range(HEADS)] for _ in range(store.rows)])
     store.append(*tokens(numbers), clock)
     added = numbers.flatten(0, 1).tolist()
     return [
-        sorted(lane + [(number, clock + i) for i, number in enumerate(new)]) for lane, new in zip(lanes, added, strict=True)
+        sorted(lane + [(number, clock + i) for i, number in enumerate(new)])
+        for lane, new in zip(lanes, added, strict=True)
     ], clock + count
 
 
@@ -74,9 +75,7 @@ def test_random_operations_equal_lists(seed: int) -> None:
             victims = torch.tensor([rng.randrange(len(lane)) for lane in lanes])
             gone = [store.lane(i)[0][int(v), 0].item() for i, v in enumerate(victims)]
             store.drop_one(victims, some)
-            lanes = [
-                [t for t in lane if not hit or t[0] != g] for lane, g, hit in zip(lanes, gone, some, strict=True)
-            ]
+            lanes = [[t for t in lane if not hit or t[0] != g] for lane, g, hit in zip(lanes, gone, some, strict=True)]
         elif action == "select_rows":
             rows = torch.tensor([rng.randrange(store.rows) for _ in range(rng.randint(1, 3))])
             store.select_rows(rows)
@@ -107,7 +106,9 @@ def test_padded_marks_what_is_there() -> None:
     assert valid.sum(-1).tolist() == [[2, 5]]
     assert scores is not None
     for head, lane in enumerate(lanes):
-        held = sorted(zip(keys[0, head, valid[0, head], 0].tolist(), positions[0, head, valid[0, head]].tolist(), strict=True))
+        held = sorted(
+            zip(keys[0, head, valid[0, head], 0].tolist(), positions[0, head, valid[0, head]].tolist(), strict=True)
+        )
         assert held == lane
         assert torch.equal(scores[0, head, valid[0, head]], keys[0, head, valid[0, head], 0])
 

@@ -11,7 +11,7 @@ import pytest
 
 from sparing import tasks
 from sparing.errors import InvalidInputError
-from sparing.tasks import haystack
+from sparing.tasks import haystack, lookup
 from sparing.tasks.counting import zeta_counts
 
 
@@ -53,7 +53,7 @@ def test_object_asks_for_any_place(tokenizer):
 
 
 def test_object_ends_in_text_when_the_keys_are_used_up(tokenizer, monkeypatch):
-    monkeypatch.setattr(haystack, "shuffled_keys", lambda rng: iter([f"key {n}" for n in range(9)]))
+    monkeypatch.setattr(lookup, "shuffled_keys", lambda rng: iter([f"key {n}" for n in range(9)]))
     sample = tasks.get("kv_retrieval").sample(tokenizer, 1000)
     text = tokenizer.decode(sample.context_ids)
     assert sample.length == 1000

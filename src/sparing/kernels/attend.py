@@ -76,7 +76,9 @@ def _attend_tile(query: Tensor, store: RaggedStore, softmax: Softmax, after: int
     # Views are cut from (1, 1, capacity, D): per lane, indexing would cost as much as a short lane's attention.
     keys, values = store.keys[None, None], store.values[None, None]
     lanes = []
-    for queries, (start, length) in zip(grouped.reshape(-1, 1, 1, *grouped.shape[2:]).unbind(), store.spans, strict=True):
+    for queries, (start, length) in zip(
+        grouped.reshape(-1, 1, 1, *grouped.shape[2:]).unbind(), store.spans, strict=True
+    ):
         seen = length - after
         mask = _causal(count, seen, groups, query.device)
         part = (keys.narrow(2, start, seen), values.narrow(2, start, seen))

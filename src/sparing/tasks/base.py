@@ -129,9 +129,7 @@ class Task(ABC):
         return Sample(f"{self.label}/seed={seed}/index={index}/length={length}", context_ids, questions)
 
     @abstractmethod
-    def _draw(
-        self, encoder: Encoder, length: int, rng: random.Random
-    ) -> tuple[list[int], tuple[Question, ...]]:
+    def _draw(self, encoder: Encoder, length: int, rng: random.Random) -> tuple[list[int], tuple[Question, ...]]:
         """Return the context ids and the questions of a sample of exactly `length` tokens."""
 
     def score(self, question: Question, output: str) -> float:

@@ -22,8 +22,7 @@ from sparing.tasks.encoding import Encoder, Piece, join, total
 from sparing.tasks.registry import task
 
 COMMON_QUESTION = (
-    "\nWhat are the {count} most common words in the list above? "
-    "The {count} most common words in the list above are:"
+    "\nWhat are the {count} most common words in the list above? The {count} most common words in the list above are:"
 )
 FREQUENT_QUESTION = (
     "\nDots aside, what are the three most frequent words of the coded text above? "
@@ -61,9 +60,7 @@ class CommonWords(Task):
         """One question."""
         return 1
 
-    def _draw(
-        self, encoder: Encoder, length: int, rng: random.Random
-    ) -> tuple[list[int], tuple[Question, ...]]:
+    def _draw(self, encoder: Encoder, length: int, rng: random.Random) -> tuple[list[int], tuple[Question, ...]]:
         words = rng.sample(haystack.vocabulary(), len(haystack.vocabulary()))
         common, rare = words[: self.words], words[self.words :]
         text = COMMON_QUESTION.format(count=self.words)
@@ -103,9 +100,7 @@ class FrequentWords(Task):
         """One question."""
         return 1
 
-    def _draw(
-        self, encoder: Encoder, length: int, rng: random.Random
-    ) -> tuple[list[int], tuple[Question, ...]]:
+    def _draw(self, encoder: Encoder, length: int, rng: random.Random) -> tuple[list[int], tuple[Question, ...]]:
         words = _coded_words(rng, 3)
         question = ask(encoder, FREQUENT_QUESTION, words, " " + ", ".join(words) + ".")
         words = _coded_words(rng, max(length // _TOKENS_PER_WORD, _LEAST_VOCABULARY), words)

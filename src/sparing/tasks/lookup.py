@@ -19,6 +19,7 @@ from sparing.tasks.encoding import Encoder, Piece, join, total
 from sparing.tasks.formats import JSON_CLOSE, JSON_ENTRY, JSON_OPEN, JSON_QUESTION, JSON_SEPARATOR
 from sparing.tasks.metrics import exact
 from sparing.tasks.registry import task
+from sparing.tasks.words import shuffled_keys
 
 
 @dataclass(frozen=True, order=True)
@@ -53,26 +54,21 @@ class KeyValueRetrieval(Task):
         """Return 1 if the output up to the closing quotation mark is the value, else 0."""
         return exact(output.partition('"')[0], question.answers)
 
-    def _draw(
-        self, encoder: Encoder, length: int, rng: random.Random
-    ) -> tuple[list[int], tuple[Question, ...]]:
+    def _draw(self, encoder: Encoder, length: int, rng: random.Random) -> tuple[list[int], tuple[Question, ...]]:
         others = self._entries(rng)
         asked = list(itertools.islice(others, self.questions))
         questions = [
-            ask(encoder, JSON_QUESTION.format(key=entry.key), [entry.value], entry.value + '"')
-            for entry in asked
+            ask(encoder, JSON_QUESTION.format(key=entry.key), [entry.value], entry.value + '"') for entry in asked
         ]
         room = self.room(encoder, length, questions, total(_object(encoder, asked)))
         body = _fit(encoder, asked, others, room)
         front = haystack.fill(encoder, room - total(body), haystack.text(rng))
         context_ids, spans = join(encoder.front, front + body)
-        return context_ids, tuple(
-            replace(question, evidence=(spans[mark],)) for mark, question in enumerate(questions)
-        )
+        return context_ids, tuple(replace(question, evidence=(spans[mark],)) for mark, question in enumerate(questions))
 
     def _entries(self, rng: random.Random) -> Iterator[Entry]:
         """Draw entries until every key has been used."""
-        for key in haystack.shuffled_keys(rng):
+        for key in shuffled_keys(rng):
             yield Entry(rng.random(), key, haystack.draw_value(rng, self.values_are))
 
 

@@ -70,9 +70,7 @@ class NeedleTask(Task):
         """Return the questions, each with the facts that hold its answer."""
         raise NotImplementedError
 
-    def _draw(
-        self, encoder: Encoder, length: int, rng: random.Random
-    ) -> tuple[list[int], tuple[Question, ...]]:
+    def _draw(self, encoder: Encoder, length: int, rng: random.Random) -> tuple[list[int], tuple[Question, ...]]:
         facts = self.facts(rng)
         depths = [rng.random() for _ in facts]
         depths = sorted(depths) if self.in_order else depths
@@ -82,8 +80,7 @@ class NeedleTask(Task):
         hay = haystack.fill(encoder, room - total(needles), self._source(rng, facts))
         context_ids, spans = join(encoder.front, haystack.insert(hay, needles, depths))
         return context_ids, tuple(
-            replace(question, evidence=tuple(spans[facts.index(fact)] for fact in about))
-            for question, about in asked
+            replace(question, evidence=tuple(spans[facts.index(fact)] for fact in about)) for question, about in asked
         )
 
     def _source(self, rng: random.Random, facts: list[Fact]) -> Iterator[str]:

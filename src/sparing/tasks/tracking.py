@@ -59,9 +59,7 @@ class VariableTracking(Task):
         """One question per chain."""
         return self.chains
 
-    def _draw(
-        self, encoder: Encoder, length: int, rng: random.Random
-    ) -> tuple[list[int], tuple[Question, ...]]:
+    def _draw(self, encoder: Encoder, length: int, rng: random.Random) -> tuple[list[int], tuple[Question, ...]]:
         chains = self._chains(rng)
         sentences = [sentence for chain in chains for sentence in chain.sentences()]
         facts = [Piece(encoder(sentence), mark) for mark, sentence in enumerate(sentences)]

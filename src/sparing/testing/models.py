@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sparing.errors import UnknownNameError
@@ -96,7 +96,8 @@ TINY_MODELS: dict[str, TinyModel] = {
     "llama": TinyModel("llama", dict),
     "qwen3": TinyModel("qwen3", dict),
     "gemma3": TinyModel(
-        "gemma3_text", lambda: {**_layers("sliding_attention", "full_attention", "full_attention"), "sliding_window": 16}
+        "gemma3_text",
+        lambda: {**_layers("sliding_attention", "full_attention", "full_attention"), "sliding_window": 16},
     ),
     "mistral": TinyModel("mistral", lambda: {"sliding_window": None}),
     "phi3": TinyModel(
@@ -131,7 +132,7 @@ def tiny_config(name: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[spec.model_type](**{**_common(), **spec.settings(), **changes})
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """Build a tiny model in evaluation mode; the global random state is left as it was.
 
     Args:
@@ -146,7 +147,7 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **c
         torch.manual_seed(seed)
         # Experts one by one: the fused ones do not offer float64.
         experts = {"experts_implementation": "eager"} if hasattr(config, "_experts_implementation") else {}
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **experts).eval()
+        model: Any = AutoModelForCausalLM.from_config(config, **experts).eval()
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("sinks"):
                 torch.nn.init.normal_(parameter)

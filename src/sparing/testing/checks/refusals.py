@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config
@@ -27,7 +28,7 @@ def check_wrong_budgets_are_refused(make: MethodFactory) -> None:
     """A budget that is none is refused when it is given, by InvalidInputError, and so are unknown names."""
     wrong: list[Any] = [0, 0.0, -1, 1.5, -0.5, float("nan"), float("inf"), "lots", "0MiB", "", None, True, (0.5,)]
     for keep in wrong:
-        assert_raises(InvalidInputError, lambda keep=keep: make(keep=keep), f"keep={keep!r}")
+        assert_raises(InvalidInputError, partial(make, keep=keep), f"keep={keep!r}")
     assert_raises(UnknownNameError, lambda: parse_method("no_such_method"), "an unknown method")
     info = make(keep=0.5).info
     if info is not None:
@@ -48,8 +49,8 @@ def check_unsupported_models_are_refused(make: MethodFactory) -> None:
         (all_sliding, "a model with sliding windows only"),
         (torch.nn.Linear(2, 2), "a module that is no transformers model"),
     ):
-        assert_raises(UnsupportedModelError, lambda model=model: use(model, make(keep=0.5)), what)
-    assert_raises(InvalidInputError, lambda: use(tiny_model("llama"), "snapkv"), "text instead of a method")  # type: ignore[arg-type]
+        assert_raises(UnsupportedModelError, partial(use, model, make(keep=0.5)), what)
+    assert_raises(InvalidInputError, lambda: use(tiny_model("llama"), cast(Any, "snapkv")), "text instead of a method")
 
 
 def check_foreign_caches_are_refused(make: MethodFactory, name: str) -> None:
@@ -60,16 +61,16 @@ def check_foreign_caches_are_refused(make: MethodFactory, name: str) -> None:
     with use(model, make(keep=0.5)):
         for cache in caches:
             what = f"a {type(cache).__name__}"
-            assert_raises(CacheStateError, lambda cache=cache: model(ids, past_key_values=cache), f"{what} in forward")
+            assert_raises(CacheStateError, partial(model, ids, past_key_values=cache), f"{what} in forward")
             assert_raises(
                 CacheStateError,
-                lambda cache=cache: model.generate(ids, past_key_values=cache, max_new_tokens=2),
+                partial(model.generate, ids, past_key_values=cache, max_new_tokens=2),
                 f"{what} in generate",
             )
         for kind in ("static", "quantized"):
             assert_raises(
                 SparingError,
-                lambda kind=kind: model.generate(ids, cache_implementation=kind, max_new_tokens=2),
+                partial(model.generate, ids, cache_implementation=kind, max_new_tokens=2),
                 f"cache_implementation={kind!r}",
             )
 
@@ -78,7 +79,9 @@ def check_misused_caches_are_refused(make: MethodFactory, name: str) -> None:
     """A compressed cache outside its session, or cropped into what was dropped, is refused, never silently wrong."""
     model, method = tiny_model(name), make(keep=0.5)
     run = run_method(model, method, random_prompt(40))
-    assert_raises(SparingError, lambda: Driver(model, run.cache).feed(random_prompt(1).ids), "a cache after its session")
+    assert_raises(
+        SparingError, lambda: Driver(model, run.cache).feed(random_prompt(1).ids), "a cache after its session"
+    )
     cache = run_method(model, method, random_prompt(40)).cache
     assert_raises(CacheStateError, lambda: cache.crop(-30), "cropping into what was compressed")
     with use(model, method) as session:
@@ -94,7 +97,7 @@ def check_drafting_with_every_step_is_refused(make: MethodFactory, name: str) ->
         for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model(name)}):
             assert_raises(
                 MethodRefusedError,
-                lambda how=how: model.generate(random_prompt(30).ids, max_new_tokens=3, do_sample=False, **how),
+                partial(model.generate, random_prompt(30).ids, max_new_tokens=3, do_sample=False, **how),
                 f"generate({next(iter(how))}=...)",
             )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from sparing.adapters.cache import EvictingCache
 from sparing.errors import SparingError
 from sparing.session import use
 from sparing.testing.checks.common import MethodFactory, assert_close, assert_raises, assert_same_kept
@@ -20,14 +21,14 @@ class _Interruption(Exception):
     """Raised on purpose inside a block."""
 
 
-def _warmed(name: str) -> PreTrainedModel:
+def _warmed(name: str) -> Any:
     """A model that has run once, so that what transformers itself installs on first use is there."""
     model = tiny_model(name)
     model.generate(random_prompt(5).ids, max_new_tokens=2, do_sample=False)
     return model
 
 
-def _assert_as_before(model: PreTrainedModel, name: str, before: dict[str, Any]) -> None:
+def _assert_as_before(model: Any, name: str, before: dict[str, Any]) -> None:
     assert_same_trace(before, trace(model))
     prompt = random_prompt(33, 20)
     for mine, theirs in zip(run_untouched(model, prompt), run_untouched(tiny_model(name), prompt), strict=True):
@@ -37,7 +38,7 @@ def _assert_as_before(model: PreTrainedModel, name: str, before: dict[str, Any])
 def check_leaves_no_trace(make: MethodFactory, name: str) -> None:
     """After the block everything is as found: hooks, attributes, configuration, weights, transformers (promise 6)."""
     model = _warmed(name)
-    model.note = "of the user's own"  # type: ignore[assignment]
+    model.note = "of the user's own"
     before = trace(model)
     with use(model, make(keep=0.5)):
         model.generate(random_prompt(40).ids, max_new_tokens=3, do_sample=False)
@@ -54,7 +55,7 @@ def check_keeps_the_users_generate(make: MethodFactory, name: str) -> None:
         calls.append(kwargs)
         return original(*args, **kwargs)
 
-    model.generate = generate  # type: ignore[assignment]
+    model.generate = generate
     before = trace(model)
     with use(model, make(keep=0.5)):
         model.generate(random_prompt(40).ids, max_new_tokens=2, do_sample=False)
@@ -75,14 +76,14 @@ def check_leaves_no_trace_after_an_exception(make: MethodFactory, name: str) -> 
     assert_raises(_Interruption, in_the_block, "an exception in the block")
     _assert_as_before(model, name, before)
     for step in (1, 2):
-        assert_raises(_Interruption, lambda step=step: _interrupted_forward(model, make, step), "one in a forward")
+        assert_raises(_Interruption, partial(_interrupted_forward, model, make, step), "one in a forward")
         _assert_as_before(model, name, before)
     run = run_method(model, make(keep=0.5), random_prompt(40))
     fresh = run_method(tiny_model(name), make(keep=0.5), random_prompt(40))
     assert torch.equal(run.logits[-1], fresh.logits[-1]), "a session after an interrupted one says something else"
 
 
-def _interrupted_forward(model: PreTrainedModel, make: MethodFactory, step: int) -> None:
+def _interrupted_forward(model: Any, make: MethodFactory, step: int) -> None:
     """Raise inside the given forward, between a layer's cache update and its attention."""
     from transformers import AttentionInterface
 
@@ -150,7 +151,7 @@ def _interleave(prompts: list[Any], alone: list[Any], drivers: list[Driver]) -> 
         for mine, theirs in zip(said, run.logits, strict=True):
             assert torch.equal(mine, theirs), f"conversation {number} says something else beside another one"
         for layer, heads in held_positions(run.cache).items():
-            assert_same_kept(held_positions(driver.cache)[layer], heads, f"conversation {number}")  # type: ignore[arg-type]
+            assert_same_kept(held_positions(cast(EvictingCache, driver.cache))[layer], heads, f"conversation {number}")
 
 
 def check_clones_are_independent(make: MethodFactory, name: str) -> None:
@@ -168,5 +169,3 @@ def check_clones_are_independent(make: MethodFactory, name: str) -> None:
         logits = driver.decode(prompt)
     for mine, theirs in zip(logits, run_method(model, make(keep=0.5), prompt).logits[1:], strict=True):
         assert_close(mine, theirs, 1e-6, "logits of a cache whose clone has decoded something else")
-
-
