@@ -160,26 +160,26 @@ Records = dict[str, dict[str, Record]]
 
 
 def measure(sides: dict[str, Any], rounds: int, steps: int, prefill_rounds: int) -> Records:
-    """The sides take turns, contestant by contestant; every other round begins with the other side."""
+    """The sides take turns, contestant by contestant; every other round goes backwards, against slow drifts."""
     records: Records = {side: {name: Record() for name in runner.names} for side, runner in sides.items()}
     names = sides["sparing"].names
     for number in range(prefill_rounds):
-        for name in names:
-            for side in _order(sides, number):
+        for name in _order(names, number):
+            for side in _order(list(sides), number):
                 time, size = sides[side].prefill(name)
                 records[side][name].prefills.append(time)
                 records[side][name].bytes = size
     for number in range(rounds + 1):
-        for name in names:
-            for side in _order(sides, number):
+        for name in _order(names, number):
+            for side in _order(list(sides), number):
                 time, _ = sides[side].decode(name, steps)
                 if number:  # the first round warms up
                     records[side][name].decodes.append(time)
     return records
 
 
-def _order(sides: dict[str, Any], number: int) -> list[str]:
-    return list(sides) if number % 2 == 0 else list(reversed(sides))
+def _order(names: list[str], number: int) -> list[str]:
+    return names if number % 2 == 0 else names[::-1]
 
 
 def summarize(records: Records, steps: int) -> list[dict[str, Any]]:
@@ -223,7 +223,7 @@ def markdown(result: dict[str, Any]) -> str:
             header_text("sparing against kvpress", result),
             f"- kvpress' own environment: {other}",
             f"- Model: random Llama ({result['size']}), {result['dtype']}; prompt of {result['tokens']} random tokens, "
-            f"really prefilled; {result['rounds']} rounds of {result['steps']} tokens",
+            f"really prefilled {result['prefill_rounds']} times; {result['rounds']} rounds of {result['steps']} tokens",
             "- Ratios are medians within a round, CPU time unless marked wall, each against the same library's own "
             "dense cache: below 1 is faster than no compression",
             "- Bytes right after the prompt: kvpress' keys and values; sparing's with slack and bookkeeping. What "
@@ -244,7 +244,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.1])
     parser.add_argument("--methods", nargs="+", default=["snapkv", "knorm", "expected_attention", "adakv"])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prefill-rounds", type=int, default=3)
+    parser.add_argument("--prefill-rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=16, help="tokens per round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -269,7 +269,8 @@ def main() -> None:
     result = {
         "hardware": hardware(), "versions": sides["sparing"].versions, "kvpress_versions": sides["kvpress"].versions,
         "command": command(), "seed": args.seed, "date": str(date.today()), "size": args.size, "dtype": args.dtype,
-        "tokens": args.tokens, "rounds": args.rounds, "steps": args.steps, "rows": summarize(records, args.steps),
+        "tokens": args.tokens, "prefill_rounds": args.prefill_rounds, "rounds": args.rounds, "steps": args.steps,
+        "rows": summarize(records, args.steps),
     }  # fmt: skip
     write(args.name, result, markdown(result))
 
