@@ -226,3 +226,17 @@ def test_methods_that_follow_decoding_stay_at_their_size(name: str) -> None:
         for layer in session.cache.evicting:
             assert layer.store is not None
             assert set(layer.store.lengths.tolist()) == {24}
+
+
+def test_a_fork_that_keeps_all_holds_nothing_of_the_others() -> None:
+    model, ids = tiny_model("llama"), random_prompt().ids
+    full = sparing.SnapKV(keep=1.0)
+    with sparing.use(model, full) as session, torch.no_grad():
+        cache = session.watching_cache([sparing.H2O(), sparing.SnapKV()])
+        cache.expect_prompt(ids.shape[1])
+        model(ids, past_key_values=cache)
+        fork = cache.fork(full)
+        assert fork.bytes_kept == fork.bytes_full
+        assert cache.fork(sparing.H2O(keep=0.5)).bytes_kept < fork.bytes_full
+        with pytest.raises(SparingError, match="did not watch"):
+            cache.fork(sparing.TOVA(keep=0.5))

@@ -258,7 +258,7 @@ class EvictingCache(Cache):
             state = {k: v for k, v in mine.__dict__.items() if k not in ("_cache", "number", "store", "states")}
             new.__dict__.update(state)
             new.store = mine.store.clone() if mine.store is not None else None
-            new.states = dict(mine.states)
+            new.states = {scorer: state for scorer, state in mine.states.items() if scorer in child.scorers}
         return child
 
     @property
