@@ -3,7 +3,7 @@ TEXTS ?= ../shared/data
 
 compare:           ## compare methods on the bundled model and write a report
 	@scripts/setup
-	.venv/bin/sparing compare --model bundled --samples 8 --out results/bundled
+	.venv/bin/sparing compare --model bundled --samples 10 --out results/bundled
 
 test:              ## the quick tests
 	@scripts/setup dev

@@ -9,7 +9,7 @@ from statistics import mean
 import pytest
 
 from sparing.errors import InvalidInputError
-from sparing.tasks import context_means, wilson
+from sparing.tasks import bootstrap, context_means, wilson
 from sparing.tasks.metrics import METRICS, contains, contains_any, exact, prefix_words, word_f1
 
 
@@ -157,3 +157,14 @@ def test_wilson_refuses_what_is_no_confidence(confidence):
 def test_context_means():
     assert context_means([[1.0, 0.0, 0.5], [1.0]]) == [0.5, 1.0]
     assert str(wilson([0, 1] * 5)) == "0.500 [0.237, 0.763] (n = 10)"
+
+
+def test_bootstrap_holds_the_mean_and_narrows_with_n():
+    few, many = [0.02, 0.03, 0.04], [0.02, 0.03, 0.04] * 30
+    small, large = bootstrap(few), bootstrap(many)
+    assert small.mean == pytest.approx(0.03)
+    assert 0.02 <= small.low < 0.03 < small.high <= 0.04
+    assert large.high - large.low < (small.high - small.low) / 3
+    # the standard error of 90 such scores is 0.0086 / sqrt(90); the interval is about 3.92 of them wide
+    assert large.high - large.low == pytest.approx(3.92 * 0.008165 / 90**0.5, rel=0.15)
+    assert bootstrap(few) == small

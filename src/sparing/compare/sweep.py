@@ -24,7 +24,7 @@ from sparing.core.method import Method
 from sparing.core.plan import Plan
 from sparing.errors import InvalidInputError, MethodRefusedError
 from sparing.session import use
-from sparing.tasks import Question, Sample, Task, context_means, wilson
+from sparing.tasks import Question, Sample, Task, bootstrap, context_means, wilson
 
 Mode = Literal["query-agnostic", "query-aware"]
 MODES: tuple[Mode, ...] = ("query-agnostic", "query-aware")
@@ -221,7 +221,8 @@ class Sweep:
     def _row(
         self, contestant: Contestant, cell: Cell, tally: Tally, tallies: dict[Contestant, Tally]
     ) -> dict[str, Any]:
-        interval = wilson(context_means(tally.scores))
+        estimate = bootstrap if cell.task.kind == "likelihood" else wilson
+        interval = estimate(context_means(tally.scores))
         full = next(t for c, t in tallies.items() if c.is_full)
         keep = contestant.method.keep
         return {

@@ -7,7 +7,7 @@ and questions. Nothing here needs torch: a sample is lists of token ids.
 from __future__ import annotations
 
 from sparing.tasks.base import Question, Sample, Task
-from sparing.tasks.intervals import Interval, context_means, wilson
+from sparing.tasks.intervals import Interval, bootstrap, context_means, wilson
 from sparing.tasks.registry import get, names
 from sparing.tasks.user_files import load_user_task
 
@@ -16,6 +16,7 @@ __all__ = [
     "Question",
     "Sample",
     "Task",
+    "bootstrap",
     "context_means",
     "get",
     "load_user_task",
