@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import pytest
+import transformers
+from packaging import version
 
+from sparing.adapters.structure import read_structure
 from sparing.core.method import methods
-from sparing.testing import CHECKS, DeclaredRefusal, run_check
+from sparing.errors import UnsupportedModelError
+from sparing.testing import CHECKS, TINY_MODELS, DeclaredRefusal, run_check, tiny_model
 from sparing.testing.contract import models_for
 
 METHODS = methods()
+
+
+def unsupported() -> dict[str, str]:
+    """Tiny models whose cache this version of transformers builds in a way of its own."""
+    refused = {}
+    for name in TINY_MODELS:
+        try:
+            read_structure(tiny_model(name))
+        except UnsupportedModelError as error:
+            refused[name] = str(error)
+    return refused
+
+
+UNSUPPORTED = unsupported()
 CASES = [
     pytest.param(method, check, model, id=f"{method}-{check.name}-{model}")
     for method in METHODS
@@ -19,10 +37,18 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "check", "model"), CASES)
 def test_method_keeps_promise(method, check, model):
+    if model in UNSUPPORTED:
+        pytest.skip(UNSUPPORTED[model])
     try:
         run_check(check, METHODS[method].recipe, model)
     except DeclaredRefusal as refusal:
         pytest.skip(str(refusal))
+
+
+def test_current_transformers_supports_every_tiny_model():
+    if version.parse(transformers.__version__) < version.parse("5.20"):
+        pytest.skip("hybrid models bring a cache class of their own in early 5.x, which sparing refuses by name")
+    assert not UNSUPPORTED
 
 
 def test_every_check_says_what_it_proves():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable
 from types import TracebackType
@@ -127,8 +128,16 @@ class Session:
         if drafted and self.method.parts().moment == "every_step":
             problem = "drafted tokens are cropped again, but this method drops others for them at once"
             raise MethodRefusedError(self.method.label, problem, 'use moment="prefill_end"')
-        got = kwargs.get("cache_implementation", getattr(kwargs.get("generation_config"), "cache_implementation", None))
-        if got is not None:
+        config = kwargs.get("generation_config")
+        got = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
+        if isinstance(got, str) and got.startswith(
+            "dynamic"
+        ):  # what ours stands for; transformers asks drafters for it
+            kwargs.pop("cache_implementation", None)
+            if config is not None:
+                kwargs["generation_config"] = copy.deepcopy(config)
+                kwargs["generation_config"].cache_implementation = None
+        elif got is not None:
             raise InvalidInputError("cache_implementation", got, "nothing: the session brings its own cache")
 
 

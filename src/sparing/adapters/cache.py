@@ -94,7 +94,7 @@ class EvictingCache(Cache):
 
     def begin_observing(self, query_length: int, padding: Tensor | None) -> None:
         """The first layer is being attended, densely."""
-        if padding is not None:
+        if padding is not None and not bool(padding.all()):
             self._padding = padding
         first_prompt = self.plan is None and self.prompt_length is None and query_length > 1
         if first_prompt and not (self.method is not None and self.method.budget.keeps_all):

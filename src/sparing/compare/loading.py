@@ -13,7 +13,6 @@ from torch import nn
 from sparing.errors import InvalidInputError, UnsupportedModelError
 from sparing.models import resolve
 
-
 # Below so many parameters, sharing an operation between threads costs more than it saves (measured: twice the time).
 TINY = 20_000_000
 
