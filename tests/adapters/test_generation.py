@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import sparing
 from sparing.adapters.cache import EvictingCache
@@ -114,6 +115,8 @@ def assert_greedy_for_some_draft(session: Session, ids: Tensor, sequence: Tensor
 
 
 def test_prompt_lookup_is_greedy(model: Any, method: Method) -> None:
+    if "gemma3" in model.config.model_type and not hasattr(DynamicSlidingWindowLayer, "activate_past_recording"):
+        pytest.skip("this version of transformers cannot take drafted tokens back from its sliding layers")
     ids = random_prompt().ids
     ids[:, -8:] = ids[:, :8]  # so that there is something to look up
     with sparing.use(model, method) as session:
