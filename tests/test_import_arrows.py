@@ -30,7 +30,7 @@ FORBIDDEN = {
     "sparing.kernels": ["sparing.adapters", "sparing.methods", "sparing.compare", "sparing.session", "sparing.cli"],
     "sparing.compare": ["sparing.cli"],
     # Score, budget and action never import each other. Allocators are where scores meet budgets, as data.
-    "sparing.core.scores": ["sparing.core"],
+    "sparing.core.token_scores": ["sparing.core"],
     "sparing.core.scorer": ["sparing.core"],
     "sparing.core.budget": ["sparing.core"],
     "sparing.core.allocate": ["sparing.core.scorer", "sparing.core.method", "sparing.core.plan"],
@@ -107,8 +107,8 @@ def test_the_rules_name_places_that_exist():
         ("sparing.methods.kv.x", "from sparing.kernels.attend import attend", "sparing.kernels.attend"),
         ("sparing.methods.kv.x", "if True:\n    import transformers", "transformers"),
         ("sparing.kernels.x", "from sparing.adapters import cache", "sparing.adapters"),
-        ("sparing.core.scores", "from sparing.core import budget", "sparing.core.budget"),
-        ("sparing.core.budget", "from .scores import Scores", "sparing.core.scores"),
+        ("sparing.core.token_scores", "from sparing.core import budget", "sparing.core.budget"),
+        ("sparing.core.budget", "from .token_scores import TokenScores", "sparing.core.token_scores"),
         ("sparing.errors", "import sparing.core.plan", "sparing.core.plan"),
         ("sparing.tasks.x", "import transformers", "transformers"),
     ],
@@ -120,7 +120,10 @@ def test_a_broken_module_is_seen(module, source, found):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("sparing.core.allocate", "from sparing.core.scores import Scores\nfrom sparing.core.budget import share_of"),
+        (
+            "sparing.core.allocate",
+            "from sparing.core.token_scores import TokenScores\nfrom sparing.core.budget import share_of",
+        ),
         ("sparing.core.method", "import sparing.methods"),
         ("sparing.measures.x", "from sparing.core.scorer import Queries"),
         ("sparing.adapters.x", "import transformers\nfrom sparing.kernels import attend"),

@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from sparing.core.allocate import AdaptiveHeads, GlobalTopK, Proportional, Pyramid, Uniform
-from sparing.core.scores import Scores, select
+from sparing.core.token_scores import TokenScores, select
 from sparing.errors import InvalidInputError
 
 
-def layer(lengths: list[list[int]], seed: int = 0, guarded: int = 0) -> Scores:
+def layer(lengths: list[list[int]], seed: int = 0, guarded: int = 0) -> TokenScores:
     """lengths[row][head]; random scores; the first `guarded` tokens of every head are protected."""
     counts = torch.tensor(lengths)
     width = int(counts.max()) + 1  # one slot that nobody uses
     valid = torch.arange(width) < counts[..., None]
     values = torch.rand(valid.shape, generator=torch.Generator().manual_seed(seed))
     guard = (torch.arange(width) < guarded).long().expand(valid.shape)
-    return Scores(values.masked_fill(~valid, float("nan")), valid, guard.masked_fill(~valid, 0))
+    return TokenScores(values.masked_fill(~valid, float("nan")), valid, guard.masked_fill(~valid, 0))
 
 
 HEADS = [4, 1, 2]  # layers may differ in KV heads
@@ -61,7 +61,7 @@ def test_a_row_gets_what_it_gets_alone(allocator):
     whole = [layer([[20] * h, [9] * h], 1) for h in HEADS]
     for row, tokens in enumerate([8, 4]):
         part = slice(row, row + 1)
-        alone = allocator.allocate([Scores(s.values[part], s.valid[part], s.guard[part]) for s in whole], [tokens])
+        alone = allocator.allocate([TokenScores(s.values[part], s.valid[part], s.guard[part]) for s in whole], [tokens])
         assert [c[row].tolist() for c in together] == [c[0].tolist() for c in alone]
 
 
@@ -101,7 +101,7 @@ def test_proportional_gives_back_what_the_cap_would_waste():
 
 def test_global_competition_crosses_layers():
     high, low = layer([[10]]), layer([[10]])
-    scores = [Scores(high.values + 5, high.valid, high.guard), low]
+    scores = [TokenScores(high.values + 5, high.valid, high.guard), low]
     assert [int(c) for c in GlobalTopK().allocate(scores, [5])] == [10, 0]
     assert [int(c) for c in GlobalTopK(0.4).allocate(scores, [5])] == [8, 2]
     assert [int(c) for c in GlobalTopK(1.0).allocate(scores, [5])] == [5, 5]
@@ -119,7 +119,7 @@ def test_global_takes_the_best_of_all():
 
 def test_equal_scores_go_to_the_lower_head():
     scores = layer([[4, 4]])
-    even = Scores(torch.zeros_like(scores.values), scores.valid, scores.guard)
+    even = TokenScores(torch.zeros_like(scores.values), scores.valid, scores.guard)
     assert AdaptiveHeads(0.0).allocate([even], [2])[0].tolist() == [[4, 0]]
 
 
@@ -131,7 +131,7 @@ def test_raising_a_score_never_loses_a_token():
         for number, heads in enumerate(kept):
             for head, tokens in enumerate(heads):
                 if len(tokens):
-                    raised = [Scores(s.values.clone(), s.valid, s.guard) for s in scores]
+                    raised = [TokenScores(s.values.clone(), s.valid, s.guard) for s in scores]
                     raised[number].values[0, head, tokens[0]] += 0.3
                     again = select(raised[number], allocator.allocate(raised, [4])[number])[0]
                     assert int(tokens[0]) in again[head].tolist()

@@ -8,18 +8,18 @@ from oracles import random_case
 
 from sparing.core.allocate import AdaptiveHeads, Pyramid
 from sparing.core.scorer import standardised
-from sparing.core.scores import Scores, guard_ends, select
+from sparing.core.token_scores import TokenScores, guard_ends, select
 from sparing.errors import InvalidInputError
 from sparing.methods.kv.adakv import AdaKV
 from sparing.methods.kv.knorm import KeyNorm
 
 
-def layer(values: list[list[float]], guarded: set[int] = frozenset()) -> Scores:
+def layer(values: list[list[float]], guarded: set[int] = frozenset()) -> TokenScores:
     """One row; values[head][token]."""
     scores = torch.tensor(values)[None]
     guard = torch.zeros(scores.shape, dtype=torch.int64)
     guard[..., list(guarded)] = 1
-    return Scores(scores, torch.ones_like(scores, dtype=torch.bool), guard)
+    return TokenScores(scores, torch.ones_like(scores, dtype=torch.bool), guard)
 
 
 def oracle(values: list[list[float]], tokens: int, floor: float, guarded: set[int] = frozenset()) -> list[set[int]]:
@@ -77,11 +77,11 @@ def test_rows_do_not_compete_and_pads_are_never_counted():
     scorer = AdaKV().parts().scorer
     stored = case.stored
     guard = guard_ends(stored.valid, stored.positions, stored.pads, 0, 2)
-    counts = AdaptiveHeads().allocate([Scores(case.score(scorer), stored.valid, guard)], [6, 5, 3])[0]
+    counts = AdaptiveHeads().allocate([TokenScores(case.score(scorer), stored.valid, guard)], [6, 5, 3])[0]
     assert counts.sum(-1).tolist() == [12, 10, 6]
     for row, budget in enumerate([6, 5, 3]):
         alone = case.alone(row).stored
-        scores = Scores(
+        scores = TokenScores(
             case.alone(row).score(scorer), alone.valid, guard_ends(alone.valid, alone.positions, alone.pads, 0, 2)
         )
         assert AdaptiveHeads().allocate([scores], [budget])[0].tolist() == [counts[row].tolist()]
@@ -95,7 +95,7 @@ def test_a_score_in_other_units_competes_after_standardising():
     counts = []
     for k in (keys, scaled):
         values, valid = -k.norm(dim=-1), torch.ones(1, 2, 30, dtype=torch.bool)
-        scores = Scores(standardised(values, valid), valid, torch.zeros(1, 2, 30, dtype=torch.int64))
+        scores = TokenScores(standardised(values, valid), valid, torch.zeros(1, 2, 30, dtype=torch.int64))
         counts.append(AdaptiveHeads(0.0).allocate([scores], [10])[0].tolist())
     assert counts[0] == counts[1]
     assert not KeyNorm.comparable_across_heads

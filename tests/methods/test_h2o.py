@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import attention_error, build, dense_attention, random_case
 
-from sparing.core.scores import Scores, guard_ends
+from sparing.core.token_scores import TokenScores, guard_ends
 from sparing.errors import InvalidInputError
 from sparing.methods.kv.h2o import H2O, AccumulatedAttention
 
@@ -67,7 +67,7 @@ def test_decoding_equals_recomputation_by_loops():
         scores = scorer.step(torch.nn.functional.pad(scores, (0, 1)), attention.view(1, 1, 1, 1, -1), positions)
         valid = torch.ones_like(positions, dtype=torch.bool)
         guard = guard_ends(valid, positions, torch.zeros(1, dtype=torch.int64), 0, recent)
-        kept = Scores(scores, valid, guard).order[0, 0, :size].sort().values
+        kept = TokenScores(scores, valid, guard).order[0, 0, :size].sort().values
         scores, positions = scores[..., kept], positions[..., kept]
     expected = decode_oracle(sums, rows, recent, size)
     assert positions[0, 0].tolist() == expected

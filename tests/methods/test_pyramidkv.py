@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from sparing.core.allocate import Pyramid
-from sparing.core.scores import Scores
+from sparing.core.token_scores import TokenScores
 from sparing.errors import InvalidInputError
 from sparing.methods.kv.pyramidkv import PyramidKV
 from sparing.methods.kv.snapkv import SnapKV
 
 
-def layers_of(lengths: list[list[int]]) -> list[Scores]:
+def layers_of(lengths: list[list[int]]) -> list[TokenScores]:
     """One row; lengths[layer][head] valid tokens."""
     result = []
     for heads in lengths:
         valid = torch.arange(max(heads)) < torch.tensor(heads)[:, None]
         result.append(
-            Scores(torch.zeros(valid.shape)[None], valid[None], torch.zeros(valid.shape, dtype=torch.int64)[None])
+            TokenScores(torch.zeros(valid.shape)[None], valid[None], torch.zeros(valid.shape, dtype=torch.int64)[None])
         )
     return result
 

@@ -7,7 +7,7 @@ import torch
 from oracles import attention_error, build, dense_attention, random_case
 
 from sparing.core.scorer import Softmax
-from sparing.core.scores import Scores, guard_ends, select
+from sparing.core.token_scores import TokenScores, guard_ends, select
 from sparing.errors import InvalidInputError
 from sparing.methods.kv.snapkv import SnapKV, WindowAttention
 
@@ -75,7 +75,7 @@ def test_planted_key_is_always_selected_and_the_window_stays():
     case, scorer = planted(), WindowAttention(window=2, kernel_size=1)
     stored = case.stored
     guard = guard_ends(stored.valid, stored.positions, stored.pads, *scorer.protects(3))
-    kept = select(Scores(case.score(scorer), stored.valid, guard), torch.tensor([[3]]))
+    kept = select(TokenScores(case.score(scorer), stored.valid, guard), torch.tensor([[3]]))
     assert kept[0][0].tolist() == [3, 6, 7]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import random_case
 
-from sparing.core.scores import Scores, guard_ends, select
+from sparing.core.token_scores import TokenScores, guard_ends, select
 from sparing.errors import InvalidInputError
 from sparing.methods.kv.streaming_llm import Recency, StreamingLLM
 
@@ -12,7 +12,7 @@ from sparing.methods.kv.streaming_llm import Recency, StreamingLLM
 def kept(case, scorer, counts):
     stored = case.stored
     guard = guard_ends(stored.valid, stored.positions, stored.pads, *scorer.protects(int(counts.min())))
-    return select(Scores(case.score(scorer), stored.valid, guard), counts)
+    return select(TokenScores(case.score(scorer), stored.valid, guard), counts)
 
 
 def test_first_and_last_of_every_row():
@@ -41,7 +41,7 @@ def test_the_window_slides_while_decoding():
         scores = scorer.step(torch.zeros(positions.shape), None, positions)
         valid = torch.ones_like(positions, dtype=torch.bool)
         guard = guard_ends(valid, positions, torch.zeros(1, dtype=torch.int64), *scorer.protects(5))
-        positions = positions[..., Scores(scores, valid, guard).order[0, 0, :5].sort().values]
+        positions = positions[..., TokenScores(scores, valid, guard).order[0, 0, :5].sort().values]
     assert positions.tolist() == [[[0, 1, 5, 6, 7]]]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracles import attention_error, build, dense_attention, random_case
 
-from sparing.core.scores import Scores, guard_ends
+from sparing.core.token_scores import TokenScores, guard_ends
 from sparing.methods.kv.tova import TOVA, LastRowAttention
 
 
@@ -62,7 +62,7 @@ def test_several_decoding_steps_equal_the_loop():
         scores = scorer.step(torch.zeros(positions.shape), row, positions)
         valid = torch.ones_like(positions, dtype=torch.bool)
         guard = guard_ends(valid, positions, torch.zeros(1, dtype=torch.int64), *scorer.protects(size))
-        positions = positions.gather(-1, Scores(scores, valid, guard).order[..., :size].sort(-1).values)
+        positions = positions.gather(-1, TokenScores(scores, valid, guard).order[..., :size].sort(-1).values)
         assert positions[0, 0].tolist() == positions[0, 1].tolist() == expected[step]
 
 

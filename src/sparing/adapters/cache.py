@@ -18,7 +18,7 @@ from sparing.adapters.structure import Structure
 from sparing.core.method import Method
 from sparing.core.plan import LayerPlan, Plan
 from sparing.core.scorer import Scorer, standardised
-from sparing.core.scores import Scores, select
+from sparing.core.token_scores import TokenScores, select
 from sparing.errors import CacheStateError, UnsupportedModelError
 
 
@@ -302,5 +302,5 @@ def _bytes_alive(layer: Any) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _standardised(scores: Scores) -> Scores:
-    return Scores(standardised(scores.values, scores.valid), scores.valid, scores.guard)
+def _standardised(scores: TokenScores) -> TokenScores:
+    return TokenScores(standardised(scores.values, scores.valid), scores.valid, scores.guard)

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sparing.adapters.handles import RaggedHandle, note_updated_layer
 from sparing.core.scorer import KeyValues, Queries, Scorer, Softmax
-from sparing.core.scores import Scores, guard_ends, select
+from sparing.core.token_scores import TokenScores, guard_ends, select
 from sparing.errors import CacheStateError, MethodRefusedError
 from sparing.kernels.attend import attend, attend_with_rows
 from sparing.kernels.ragged import RaggedStore
@@ -285,7 +285,7 @@ class EvictingLayer(DynamicLayer):
             problem = f"cannot follow decoding on {structure.name}, whose attention transforms the cached keys"
             raise MethodRefusedError(name, problem, 'use moment="prefill_end"')
 
-    def scores(self, scorer: Scorer, end: int, tokens_per_head: list[int]) -> Scores:
+    def scores(self, scorer: Scorer, end: int, tokens_per_head: list[int]) -> TokenScores:
         """Score what is stored, up to position `end`; what comes after is neither scored nor dropped."""
         self._check(scorer)
         stored = self.stored_tokens()
@@ -295,7 +295,7 @@ class EvictingLayer(DynamicLayer):
             values, valid, positions = values.mean(1, keepdim=True), valid[:, :1], positions[:, :1]
         valid = valid & (positions < end)
         first, recent = torch.tensor([scorer.protects(tokens) for tokens in tokens_per_head]).unbind(-1)
-        return Scores(values, valid, guard_ends(valid, positions, stored.pads, first, recent))
+        return TokenScores(values, valid, guard_ends(valid, positions, stored.pads, first, recent))
 
     def keep(self, kept: list[list[Tensor]], scores: Tensor, end: int, limits: Tensor) -> None:
         """Drop everything that is not kept and was seen before position `end`.
@@ -377,7 +377,7 @@ class EvictingLayer(DynamicLayer):
         pads = self.cache.pads(store.rows).to(query.device)
         per_row = self.limits.view(store.rows, -1)[:, 0].tolist()  # the same for all heads of a row
         first, recent = torch.tensor([scorer.protects(limit) for limit in per_row]).unbind(-1)
-        scores = Scores(values, valid, guard_ends(valid, positions, pads, first, recent))
+        scores = TokenScores(values, valid, guard_ends(valid, positions, pads, first, recent))
         excess = store.lengths - self.limits
         if int(excess.max()) == 1:  # a decoded token: one slot per lane changes, nothing is copied
             store.drop_one(_worst(scores).flatten(), excess == 1)
@@ -389,7 +389,7 @@ class EvictingLayer(DynamicLayer):
         return out
 
 
-def _worst(scores: Scores) -> Tensor:
+def _worst(scores: TokenScores) -> Tensor:
     """(B, H) slot of the token to drop: the lowest score among the least protected."""
     guard = scores.guard.masked_fill(~scores.valid, torch.iinfo(torch.int64).max)
     weakest = (guard == guard.amin(-1, keepdim=True)) & scores.valid

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from sparing.core.budget import round_to_total, share_of
-from sparing.core.scores import Scores
+from sparing.core.token_scores import TokenScores
 from sparing.errors import InvalidInputError, require
 
 
 class Allocator(Protocol):
     """Distributes a budget."""
 
-    def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
+    def allocate(self, scores: list[TokenScores], tokens_per_head: list[int]) -> list[Tensor]:
         """Decide how many tokens every layer, row and KV head keeps.
 
         Args:
@@ -39,7 +39,7 @@ class Allocator(Protocol):
 class Uniform:
     """Every layer and every head keeps the same number; what a short one cannot hold goes to the others."""
 
-    def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
+    def allocate(self, scores: list[TokenScores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
         level = torch.ones(len(scores), dtype=torch.float64)
         return _stack([_spread(scores, row, level, tokens) for row, tokens in enumerate(tokens_per_head)])
@@ -65,7 +65,7 @@ class Pyramid:
         require(self.beta >= 1, "Pyramid.beta", self.beta, "a number >= 1")
         require(self.window >= 0, "Pyramid.window", self.window, "a number of tokens >= 0")
 
-    def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
+    def allocate(self, scores: list[TokenScores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
         rows = []
         for row, tokens in enumerate(tokens_per_head):
@@ -99,7 +99,7 @@ class Proportional:
         require(0 <= self.floor <= 1, "Proportional.floor", self.floor, "a share in [0, 1]")
         require(self.cap >= 1, "Proportional.cap", self.cap, "a multiple >= 1")
 
-    def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
+    def allocate(self, scores: list[TokenScores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
         heads = [s.values.shape[1] for s in scores]
         weights = torch.tensor(self.weights, dtype=torch.float64)
@@ -138,7 +138,7 @@ class AdaptiveHeads:
     def __post_init__(self) -> None:
         require(0 <= self.floor <= 1, "AdaptiveHeads.floor", self.floor, "a share in [0, 1]")
 
-    def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
+    def allocate(self, scores: list[TokenScores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
         even = self.layers.allocate(scores, tokens_per_head)
         return [
@@ -161,7 +161,7 @@ class GlobalTopK:
     def __post_init__(self) -> None:
         require(0 <= self.floor <= 1, "GlobalTopK.floor", self.floor, "a share in [0, 1]")
 
-    def allocate(self, scores: list[Scores], tokens_per_head: list[int]) -> list[Tensor]:
+    def allocate(self, scores: list[TokenScores], tokens_per_head: list[int]) -> list[Tensor]:
         """See `Allocator.allocate`."""
         heads = sum(s.values.shape[1] for s in scores)
         return _stack(
@@ -172,7 +172,7 @@ class GlobalTopK:
         )
 
 
-def _compete(groups: list[Scores], even: Tensor, floor: float) -> list[Tensor]:
+def _compete(groups: list[TokenScores], even: Tensor, floor: float) -> list[Tensor]:
     """Counts per head for one row: what is sure for each head, then the best of all heads together.
 
     Args:
@@ -205,13 +205,13 @@ def _heads(contenders: list[Tensor]) -> list[Tensor]:
     return [head for layer in contenders for head in layer]
 
 
-def _row(scores: Scores, row: int) -> Scores:
+def _row(scores: TokenScores, row: int) -> TokenScores:
     """One row's scores, with a row axis of 1."""
     part = slice(row, row + 1)
-    return Scores(scores.values[part], scores.valid[part], scores.guard[part])
+    return TokenScores(scores.values[part], scores.valid[part], scores.guard[part])
 
 
-def _spread(scores: list[Scores], row: int, level: Tensor, tokens: int) -> list[Tensor]:
+def _spread(scores: list[TokenScores], row: int, level: Tensor, tokens: int) -> list[Tensor]:
     """One row's counts: `tokens` per head on average, layers in proportion to `level`, heads of a layer alike."""
     longest = [s.valid[row].sum(-1).cpu() for s in scores]
     heads = torch.tensor([len(layer) for layer in longest])

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from sparing.core.allocate import ALLOCATORS, Allocator, Uniform
 from sparing.core.budget import Budget, Keep
 from sparing.core.scorer import Scorer
-from sparing.core.scores import Unit
+from sparing.core.token_scores import Unit
 from sparing.errors import InvalidInputError, MethodRefusedError, UnknownNameError
 
 Moment = Literal["prefill_end", "every_step"]

@@ -12,7 +12,7 @@ import sparing
 from sparing.core import allocate
 from sparing.core.method import Method
 from sparing.core.scorer import KeyValues, Queries, Scorer, Softmax
-from sparing.core.scores import Scores, guard_ends, select
+from sparing.core.token_scores import TokenScores, guard_ends, select
 from sparing.testing.checks.common import MethodFactory, assert_close
 
 HEADS, GROUPS, DIM, LAYERS = 3, 2, 8, 2
@@ -179,7 +179,7 @@ def _choose(allocator: allocate.Allocator, scorer: Scorer, layers: list[Tensor],
         positions = torch.arange(values.shape[-1]).expand_as(values)
         first, recent = scorer.protects(budget)
         guard = guard_ends(valid, positions, torch.zeros(1, dtype=torch.int64), first, min(recent, budget // 2))
-        scores.append(Scores(values, valid, guard))
+        scores.append(TokenScores(values, valid, guard))
     counts = allocator.allocate(scores, [budget])
     total = sum(int(count.sum()) for count in counts)
     assert total == budget * HEADS * len(layers), f"{total} tokens were given out, not {budget} per head"

@@ -15,7 +15,7 @@ Unit = Literal[
 
 
 @dataclass(frozen=True)
-class Scores:
+class TokenScores:
     """The scores of one layer's KV tokens.
 
     Attributes:
@@ -59,7 +59,7 @@ def guard_ends(valid: Tensor, positions: Tensor, pads: Tensor, first: int | Tens
     return guard.masked_fill(~valid, 0)
 
 
-def select(scores: Scores, counts: Tensor) -> list[list[Tensor]]:
+def select(scores: TokenScores, counts: Tensor) -> list[list[Tensor]]:
     """The tokens to keep: the best `counts[row, head]` of every row and head.
 
     Args:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from sparing.core.scores import Scores, guard_ends, select
+from sparing.core.token_scores import TokenScores, guard_ends, select
 
 
-def one_head(values, valid=None, guard=None) -> Scores:
+def one_head(values, valid=None, guard=None) -> TokenScores:
     values = torch.tensor([[values]], dtype=torch.float32)
     full = torch.ones_like(values, dtype=torch.bool)
-    return Scores(
+    return TokenScores(
         values,
         full if valid is None else torch.tensor([[valid]]),
         torch.zeros(values.shape, dtype=torch.int64) if guard is None else torch.tensor([[guard]]),
@@ -45,7 +45,7 @@ def test_select_sorts_and_follows_the_order():
 
 def test_select_per_row_and_head():
     values = torch.rand(3, 2, 9, generator=torch.Generator().manual_seed(0))
-    scores = Scores(values, torch.ones(3, 2, 9, dtype=torch.bool), torch.zeros(3, 2, 9, dtype=torch.int64))
+    scores = TokenScores(values, torch.ones(3, 2, 9, dtype=torch.bool), torch.zeros(3, 2, 9, dtype=torch.int64))
     kept = select(scores, torch.tensor([[1, 2], [3, 4], [9, 0]]))
     for row in range(3):
         for head in range(2):
