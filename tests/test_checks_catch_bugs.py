@@ -11,6 +11,7 @@ import torch
 
 from sparing import TOVA, Evict, Knorm, SnapKV
 from sparing.adapters.attach import Attachment
+from sparing.adapters.attention import CACHING
 from sparing.adapters.cache import EvictingCache
 from sparing.adapters.layers import EvictingLayer
 from sparing.core.allocate import Uniform
@@ -160,7 +161,7 @@ def allows_nesting(patch):
     class Lenient:
         def __init__(self, model):
             try:
-                self.real: Attachment | None = Attachment(model)
+                self.real: Attachment | None = Attachment(model, CACHING)
             except UnsupportedModelError:
                 self.real = None
 

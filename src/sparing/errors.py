@@ -8,6 +8,7 @@ SparingError
 ├── OutputError                a result that cannot be written: disk full, locked folder, torn store
 ├── UnsupportedModelError      the model's structure is not one that the seams understand
 ├── MethodRefusedError         this method cannot work on this model or in this combination
+├── ScoresMismatchError        a measurement of another model, or of another kind of unit, than is needed
 └── CacheStateError            an operation that the cache's present state does not allow
 ~~~
 
@@ -81,6 +82,14 @@ class MethodRefusedError(SparingError):
     def __init__(self, method: str, problem: str, fix: str = "") -> None:
         self.method, self.problem, self.fix = method, problem, fix
         super().__init__(_sentence(f"{method}: {problem}", fix))
+
+
+class ScoresMismatchError(SparingError):
+    """Scores do not fit: measured on a model of another shape, or over another kind of unit."""
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        self.problem, self.fix = problem, fix
+        super().__init__(_sentence(problem, fix))
 
 
 class CacheStateError(SparingError):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sparing.adapters.attach import Attachment
+from sparing.adapters.attention import CACHING
 from sparing.adapters.cache import CacheReport, EvictingCache
 from sparing.adapters.handles import take_updated_layer
 from sparing.adapters.structure import read_structure
@@ -43,7 +44,7 @@ class Session:
         self._own_generate: dict[str, Any] = {}
 
     def __enter__(self) -> Session:
-        self._attachment = Attachment(self.model)
+        self._attachment = Attachment(self.model, CACHING)
         self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._own_generate = {name: value for name, value in vars(self.model).items() if name == "generate"}
         if hasattr(self.model, "generate"):

@@ -11,33 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparing.adapters.attach import Registration
 from sparing.adapters.handles import RaggedHandle, take_updated_layer
 from sparing.adapters.masks import LazyMask, lazy_mask
 from sparing.core.scorer import Softmax
 from sparing.errors import UnsupportedModelError
 
 AttentionResult = tuple[Tensor, Tensor | None]
-
-# Our names, by the implementation that the model was loaded with. Names that hold "flash", "sdpa" or
-# "flex_attention" have a meaning of their own in transformers and must be avoided.
-NAMES = {"sdpa": "sparing", "eager": "sparing_eager"}
-
-
-def register() -> None:
-    """Make the functions known to transformers, under both interfaces: without the mask padding would be lost."""
-    for base, name in NAMES.items():
-        AttentionInterface.register(name, attention_over(base))
-        AttentionMaskInterface.register(name, lazy_mask(base))
-
-
-def unregister() -> None:
-    """Leave transformers as it was."""
-    for name in NAMES.values():
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def attention_over(base: str) -> Callable[..., AttentionResult]:
@@ -68,7 +50,7 @@ def attention_over(base: str) -> Callable[..., AttentionResult]:
         if layer is not None:
             layer.receive(key)
             mask = layer.short_mask(query, mask, base)
-        out = _base_attention(base, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        out = base_attention(base, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         if layer is not None:
             layer.observe(query, key, value, softmax, padding)
         return out
@@ -76,10 +58,13 @@ def attention_over(base: str) -> Callable[..., AttentionResult]:
     return attention
 
 
-def _base_attention(base: str, module: nn.Module) -> Callable[..., AttentionResult]:
+def base_attention(base: str, module: nn.Module) -> Callable[..., AttentionResult]:
     """What the model would have called: sdpa is shared, eager is the model file's own."""
     if base == "eager":
         function: Callable[..., AttentionResult] = sys.modules[type(module).__module__].eager_attention_forward
         return function
     shared: Callable[..., AttentionResult] = ALL_ATTENTION_FUNCTIONS[base]
     return shared
+
+
+CACHING = Registration({"sdpa": "sparing", "eager": "sparing_eager"}, attention_over, lazy_mask)

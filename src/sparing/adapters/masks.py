@@ -58,6 +58,13 @@ class LazyMask(Tensor):
         mask: Tensor = ALL_MASK_ATTENTION_FUNCTIONS[self.base](**{**self.request, **skips})
         return mask
 
+    def rows(self, rows: slice) -> Tensor:
+        """(B, 1, rows, n) bool: the mask of some query rows only; nothing else of it is built."""
+        start, stop, _ = rows.indices(self.request["q_length"])
+        part = {"q_length": stop - start, "q_offset": self.request.get("q_offset", 0) + start}
+        mask: Tensor = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**{**self.request, **dict.fromkeys(_SKIPS, False), **part})
+        return mask
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyMask{tuple(self.shape)}"
 

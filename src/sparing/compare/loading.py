@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from sparing.adapters.fingerprint import fingerprint
 from sparing.errors import InvalidInputError, UnsupportedModelError
 from sparing.models import resolve
 
@@ -72,14 +70,4 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Loa
     if place == "cpu" and sum(p.numel() for p in model.parameters()) < TINY:
         torch.set_num_threads(1)
     text = model.config.get_text_config(decoder=True)
-    return LoadedModel(name, model, tokenizer, _fingerprint(model), getattr(text, "max_position_embeddings", None))
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Changes when the configuration or the weights change (every parameter's shape and first values are in it)."""
-    config: Any = model.config
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:8].float().cpu().tolist()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{first}".encode())
-    return digest.hexdigest()[:12]
+    return LoadedModel(name, model, tokenizer, fingerprint(model), getattr(text, "max_position_embeddings", None))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from sparing.core.allocate import ALLOCATORS, Allocator, Uniform
 from sparing.core.budget import Budget, Keep
+from sparing.core.recipe_text import build, parse_call
 from sparing.core.scorer import Scorer
 from sparing.core.token_scores import Unit
 from sparing.errors import InvalidInputError, MethodRefusedError, UnknownNameError
@@ -181,63 +181,20 @@ def parse_method(text: str, keep: Keep = 0.5) -> Method:
         InvalidInputError: text that does not follow the grammar, or a value that the field does not take.
     """
     head, plus, tail = text.partition("+")
-    name, fields = _call(head)
+    name, fields = parse_call(head, "method")
     known = methods()
     if name not in known:
         raise UnknownNameError("method", name, known)
-    recipe = _build(known[name].recipe, {"keep": keep} | fields, name)
+    recipe = build(known[name].recipe, {"keep": keep} | fields, name)
     if not plus:
         return recipe
-    allocator_name, allocator_fields = _call(tail)
+    allocator_name, allocator_fields = parse_call(tail, "method")
     if allocator_name not in ALLOCATORS:
         raise UnknownNameError("allocator", allocator_name, ALLOCATORS)
-    allocator = _build(ALLOCATORS[allocator_name], allocator_fields, allocator_name)
+    allocator = build(ALLOCATORS[allocator_name], allocator_fields, allocator_name)
     return Evict(keep=recipe.keep, scorer=recipe.parts().scorer, allocator=allocator)
 
 
 def split_methods(text: str) -> list[str]:
     """Split a list of methods at the commas that are outside brackets."""
     return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
-
-
-def _call(text: str) -> tuple[str, dict[str, Any]]:
-    match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
-    if match is None:
-        raise InvalidInputError("method", text, "name, name(field=value), or scorer+allocator")
-    fields: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in (match.group(2) or "").split(","))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise InvalidInputError("method", text, "fields written as name=value")
-        if key.strip() in fields:
-            raise InvalidInputError("method", text, "each field once")
-        fields[key.strip()] = _literal(value.strip())
-    return match.group(1), fields
-
-
-def _literal(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text.strip("'\"")
-
-
-def _build(recipe: type, fields: dict[str, Any], name: str) -> Any:
-    defaults = {f.name: f.default for f in dataclasses.fields(recipe) if f.init}
-    for key, value in fields.items():
-        if key not in defaults:
-            raise UnknownNameError(f"field of {name}", key, defaults)
-        default = defaults[key]
-        if key == "keep":  # checked by the method, which takes several types
-            continue
-        if not isinstance(default, bool | int | float | str):
-            raise InvalidInputError(f"{name}.{key}", value, "an object", "build the method in Python to set it")
-        if isinstance(default, float) and type(value) is int:
-            fields[key] = float(value)
-        elif type(value) is not type(default):
-            raise InvalidInputError(f"{name}.{key}", value, f"a value of type {type(default).__name__}")
-    return recipe(**fields)

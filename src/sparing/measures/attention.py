@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparing.core.lens import AttentionCall
 from sparing.core.scorer import KeyValues, Queries, Softmax
 
 ROWS_PER_TILE = 128
@@ -89,13 +90,44 @@ def attention_tiles(queries: Queries, stored: KeyValues) -> Iterator[tuple[slice
         yield rows, visible, _softmax(logits, may_see.repeat_interleave(groups, dim=1), queries.softmax)
 
 
+def attention_rows(call: AttentionCall, rows: slice = slice(None)) -> Tensor:
+    """The attention of some query rows of a call, as the model's own eager attention would have made it.
+
+    Differentiable. Float64 calls are computed in float64, all others in float32.
+
+    Returns:
+        (B, Hq, rows, S) probabilities; rows that see nothing are 0. Memory is that of the rows asked for.
+    """
+    exact = call.queries.dtype if call.queries.dtype == torch.float64 else torch.float32
+    batch, query_heads, _, dim = call.queries.shape
+    kv_heads, stored = call.keys.shape[1:3]
+    states = call.queries[:, :, rows].to(exact)
+    grouped = states.reshape(batch, kv_heads, -1, dim)  # a key is never copied to its group's heads
+    logits = (grouped @ call.keys.to(exact).transpose(-1, -2)).view(batch, query_heads, states.shape[2], stored)
+    return _softmax(logits, call.may_see(rows), call.softmax)
+
+
+def row_tiles(call: AttentionCall, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """The attention of all query rows from `start` on, a tile at a time.
+
+    Yields:
+        (rows, A): the slice of query rows, and their attention (B, Hq, rows, S).
+    """
+    batch, query_heads, count, _ = call.queries.shape
+    height = max(1, min(ROWS_PER_TILE, ELEMENTS_PER_TILE // max(batch * query_heads * call.keys.shape[2], 1)))
+    for first in range(start, count, height):
+        rows = slice(first, min(first + height, count))
+        yield rows, attention_rows(call, rows)
+
+
 def _softmax(logits: Tensor, may_see: Tensor, softmax: Softmax) -> Tensor:
-    """Softmax over the visible keys in place of the logits; rows that see nothing are 0."""
+    """Softmax over the visible keys, in place of the logits as far as gradients allow; rows that see nothing are 0."""
     logits = logits.mul_(softmax.scaling)
     if softmax.softcap is not None:
         logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
     logits = logits.masked_fill_(~may_see, -torch.inf)
     if softmax.sinks is not None:
-        sinks = softmax.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        sinks = softmax.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
         return torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
-    return logits.softmax(-1).masked_fill_(~may_see, 0.0)
+    probabilities = logits.softmax(-1)
+    return (probabilities.masked_fill if probabilities.requires_grad else probabilities.masked_fill_)(~may_see, 0.0)

@@ -1,0 +1,262 @@
+"""The lens: watching and changing attention, heads and the residual stream of any transformers decoder.
+
+Which modules are attention, output projection, MLP and block is found out by running two tokens once and looking at
+what is called, in which order and with what shapes; no model is known by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparing.adapters.attach import Attachment, Registration, is_attached
+from sparing.adapters.attention import base_attention
+from sparing.adapters.discovery import LensLayer, OnCall, discover, swapped
+from sparing.adapters.fingerprint import fingerprint
+from sparing.adapters.masks import LazyMask, lazy_mask
+from sparing.core.lens import Attend, AttentionCall, AttentionHook, Site, SiteHook
+from sparing.core.scorer import Softmax
+from sparing.core.scores import ModelIdentity
+from sparing.errors import InvalidInputError, UnsupportedModelError
+
+# What each attention module's calls go through while a lens is at work on it: its number, and hooks, outermost last.
+_hooks: dict[nn.Module, tuple[int, list[AttentionHook]]] = {}
+_recorders: list[OnCall] = []
+
+
+class ModelLens:
+    """See `core.lens.Lens`. Importing and making one changes nothing in the model; only `hooked` blocks do, while open.
+
+    Args:
+        model: a decoder-only transformers model.
+        tokenizer: for scorers that need text. name: how the model is called in results.
+
+    Raises:
+        UnsupportedModelError: its attention does not go through transformers' AttentionInterface, or its layers
+            differ in their numbers of heads.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, name: str | None = None) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        found = discover(model, self._recorded)
+        self.layers, self.blocks, self._tuples = found.layers, found.blocks, found.tuples
+        first = self.layers[0]
+        self.num_layers, self.num_heads, self.num_kv_heads = len(self.layers), first.num_heads, first.num_kv_heads
+        self.head_dim = first.value_dim
+        title = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.identity = ModelIdentity(
+            title, type(model).__name__, self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim,
+            fingerprint(model),
+        )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    # -- watching and changing ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def hooked(
+        self,
+        attention: AttentionHook | None = None,
+        heads: SiteHook | None = None,
+        sites: Mapping[Site, SiteHook] | None = None,
+    ) -> Iterator[None]:
+        """See `core.lens.Lens.hooked`."""
+        with ExitStack() as stack:
+            for layer in self.layers:
+                if heads is not None:
+                    stack.enter_context(self._head_hook(layer, heads))
+                for site, hook in (sites or {}).items():
+                    stack.enter_context(_site_hook(layer, site, hook))
+            if attention is not None:
+                stack.enter_context(self._attached())
+                for layer in self.layers:
+                    _, hooks = _hooks.setdefault(layer.attention, (layer.number, []))
+                    hooks.append(attention)
+                    stack.callback(_forget, layer.attention)
+            yield
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        """Send the model's attention through `_attention_over`; inside another such block there is nothing to do."""
+        if is_attached(self.model, WATCHING):
+            yield
+            return
+        attachment = Attachment(self.model, WATCHING)
+        try:
+            yield
+        finally:
+            attachment.detach()
+
+    @contextmanager
+    def _recorded(self, on_call: OnCall) -> Iterator[None]:
+        _recorders.append(on_call)
+        try:
+            with self._attached():
+                yield
+        finally:
+            _recorders.remove(on_call)
+
+    def _head_hook(self, layer: LensLayer, hook: SiteHook) -> AbstractContextManager[None]:
+        projection = layer.require_projection(self.model)
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            flat: Tensor = args[0]
+            new = hook(layer.number, flat.view(*flat.shape[:-1], layer.num_heads, layer.value_dim))
+            return None if new is None else (new.reshape(flat.shape), *args[1:])
+
+        return _removing(projection.register_forward_pre_hook(before))
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, last: int | None = None, cache: Any = None) -> Tensor:
+        """See `core.lens.Lens.forward`."""
+        more: dict[str, Any] = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+        if mask is not None and not bool(mask.all()):
+            mask = mask.to(self.device)
+            more["attention_mask"] = mask.long()
+            # Plain forwards of transformers count pads as positions; `generate` does not, and so do we not.
+            more["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        if last is not None:
+            more["logits_to_keep"] = last
+        logits: Tensor = self.model(ids.to(self.device), **more).logits
+        return logits if last is None else logits[:, -last:]
+
+    def forward_from(self, layer: int, residual: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
+        """See `core.lens.Lens.forward_from`; blocks before the layer are passed over."""
+        if not 0 <= layer <= self.num_layers:
+            raise InvalidInputError("layer", layer, f"0 to {self.num_layers}")
+        start = len(self.blocks) if layer == self.num_layers else self.blocks.index(self.layers[layer].block)
+        ids = torch.zeros(residual.shape[:2], dtype=torch.int64, device=self.device)
+        with ExitStack() as stack:
+            for number, block in enumerate(self.blocks[:start]):
+                stack.enter_context(swapped(block, self._pass_over(block, residual if number == start - 1 else None)))
+            if start == 0:
+                before = lambda module, args, kwargs: _with_input(args, kwargs, residual)  # noqa: E731
+                stack.enter_context(_removing(self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)))
+            return self.forward(ids, mask, last)
+
+    def _pass_over(self, block: nn.Module, residual: Tensor | None) -> Callable[..., Any]:
+        """A forward for the block that hands on the given residual stream, or what came in."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            out = residual if residual is not None else (args[0] if args else kwargs["hidden_states"])
+            return (out,) if block in self._tuples else out
+
+        return forward
+
+    def output_weight(self, layer: int) -> Tensor:
+        """See `core.lens.Lens.output_weight`."""
+        found = self.layers[layer]
+        projection: Any = found.require_projection(self.model)
+        # GPT-2's Conv1D stores (in, out), nn.Linear (out, in).
+        weight: Tensor = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
+        return weight.view(found.num_heads, found.value_dim, -1)
+
+
+def _forget(module: nn.Module) -> None:
+    """Take away the hook that was added last."""
+    _, hooks = _hooks[module]
+    hooks.pop()
+    if not hooks:
+        del _hooks[module]
+
+
+def _attention_over(base: str) -> Callable[..., tuple[Tensor, None]]:
+    """The attention function for models that were loaded with the implementation `base`."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        function = base_attention(base, module)
+        mask = attention_mask.for_base() if isinstance(attention_mask, LazyMask) else attention_mask
+
+        def attend(call: AttentionCall) -> Tensor:
+            out: Tensor = function(module, call.queries, call.keys, call.values, mask, scaling=scaling, **kwargs)[0]
+            return out
+
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        for recorder in _recorders:
+            recorder(module, query, key, value)
+        number, hooks = _hooks.get(module, (-1, []))
+        call = AttentionCall(number, query, key, value, softmax, _visibility(module, query, key, attention_mask))
+        chain: Attend = attend
+        for hook in hooks:
+            chain = _wrap(hook, chain)
+        return chain(call), None
+
+    return attention
+
+
+WATCHING = Registration({"sdpa": "sparing_lens", "eager": "sparing_lens_eager"}, _attention_over, lazy_mask)
+
+
+def _wrap(hook: AttentionHook, attend: Attend) -> Attend:
+    return lambda call: hook(call, attend)
+
+
+def _visibility(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Callable[[slice], Tensor]:
+    """rows → which keys they may see, from whatever transformers made of the mask."""
+    rows_in_all, stored = query.shape[2], key.shape[2]
+    if isinstance(mask, LazyMask):
+        return mask.rows
+    if mask is not None:
+        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask <= -1e4)).all()):
+            raise UnsupportedModelError(type(module).__name__, "adds a bias to its logits, which rows cannot rebuild")
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        return lambda rows: seen[:, :1, rows, :stored]
+
+    def causal(rows: slice) -> Tensor:
+        at = torch.arange(stored - rows_in_all, stored, device=query.device)[rows]
+        return (torch.arange(stored, device=query.device) <= at[:, None])[None, None]
+
+    return causal
+
+
+def _site_hook(layer: LensLayer, site: Site, hook: SiteHook) -> AbstractContextManager[None]:
+    """A hook on a place of the residual stream."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        new = hook(layer.number, output[0] if isinstance(output, tuple) else output)
+        return None if new is None else ((new, *output[1:]) if isinstance(output, tuple) else new)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        new = hook(layer.number, args[0] if args else kwargs["hidden_states"])
+        return None if new is None else _with_input(args, kwargs, new)
+
+    if site == "resid_pre":
+        return _removing(layer.block.register_forward_pre_hook(before, with_kwargs=True))
+    places = {"attn_out": layer.projection, "mlp_out": layer.mlp, "resid_post": layer.block}
+    if site not in places:
+        raise InvalidInputError("site", site, "resid_pre, " + ", ".join(places))
+    place = places[site]
+    if place is None:
+        raise UnsupportedModelError(type(layer.block).__name__, f"its {site} was not found")
+    return _removing(place.register_forward_hook(after))
+
+
+def _with_input(args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+
+@contextmanager
+def _removing(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,118 @@
+"""What a head scorer or a head edit sees of a running model. Hooks and model classes are elsewhere (adapters/lens.py).
+
+Shape legend: B rows (sequences), T new tokens, S stored and new tokens, Hq query heads, H KV heads, D head size,
+Dv value size, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from sparing.core.scorer import Softmax
+from sparing.core.scores import ModelIdentity
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call of one layer.
+
+    Attributes:
+        layer: number among the model's attention layers, from 0.
+        queries: (B, Hq, T, D); keys: (B, H, S, D); values: (B, H, S, Dv), as the model's attention gets them:
+            normalised, rotated, stored tokens included. Query head h reads KV head h // (Hq / H).
+        softmax: how the model turns dot products into attention.
+        may_see: rows → (B or 1, 1, rows, S) bool: which keys these query rows may see (causality, sliding
+            window and padding together). Rows of pads may see nothing.
+    """
+
+    layer: int
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    softmax: Softmax
+    may_see: Callable[[slice], Tensor]
+
+    @property
+    def first(self) -> int:
+        """How many stored tokens come before the first query row."""
+        return self.keys.shape[2] - self.queries.shape[2]
+
+
+Attend = Callable[[AttentionCall], Tensor]
+
+# Wraps the attention of every layer: gets the call and what would have been done with it, and returns the heads'
+# outputs (B, T, Hq, Dv). To watch only: `return attend(call)`.
+AttentionHook = Callable[[AttentionCall, Attend], Tensor]
+
+# Places in the residual stream: what a layer gets, what its attention and its MLP add, and what it hands on.
+Site = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
+
+# (layer, tensor) → its replacement, or None to leave it.
+SiteHook = Callable[[int, Tensor], Tensor | None]
+
+
+class Lens(Protocol):
+    """A model whose attention, heads and residual stream can be watched and changed.
+
+    Attributes:
+        identity: which model. num_layers: attention layers. num_heads, num_kv_heads: of each of them.
+        head_dim: size of a head's output (Dv). tokenizer: the model's own, None if it was not given.
+    """
+
+    model: Any
+    identity: ModelIdentity
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be."""
+        ...
+
+    def hooked(
+        self,
+        attention: AttentionHook | None = None,
+        heads: SiteHook | None = None,
+        sites: Mapping[Site, SiteHook] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Watch or change the model for the length of a `with` block; blocks may be nested, the inner acts first.
+
+        Args:
+            attention: wraps the attention of every layer.
+            heads: gets what goes into the output projection, (B, T, Hq, Dv).
+            sites: get tensors of the residual stream, (B, T, E). "attn_out" is the output projection's output.
+        """
+        ...
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, last: int | None = None, cache: Any = None) -> Tensor:
+        """Run the model and return its logits.
+
+        Args:
+            ids: (B, T) token ids. mask: (B, S) bool, False for left pads; None if there are none.
+            last: only the logits of so many last positions (the rest is never computed); None for all.
+            cache: a transformers cache to go on from and to fill.
+
+        Returns:
+            (B, T or last, vocabulary) logits in the model's dtype.
+        """
+        ...
+
+    def forward_from(self, layer: int, residual: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
+        """Run the model from an attention layer's block on, given the (B, T, E) residual stream that goes into it.
+
+        `layer` may be `num_layers`: then only what follows the last block is run (norm, unembedding, caps).
+        """
+        ...
+
+    def output_weight(self, layer: int) -> Tensor:
+        """(Hq, Dv, E) slices of the output projection, so that attn_out = Σ_h z_h @ weight[h] (+ bias)."""
+        ...

@@ -1,0 +1,261 @@
+"""Scores: what was measured on a model, with how it was made, as one file. Higher = matters more.
+
+One safetensors file: the numbers as tensors, everything else as readable JSON in the file's metadata, so
+`safetensors` alone is enough to read it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparing.errors import InputFileError, InvalidInputError, OutputError, ScoresMismatchError, require
+
+FORMAT = "sparing-scores-1"
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model was measured.
+
+    Attributes:
+        name: as the user gave it. architecture: its class.
+        num_layers, num_heads, num_kv_heads, head_dim: of the attention layers that were measured.
+        fingerprint: short hash of configuration and weights.
+    """
+
+    name: str
+    architecture: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    fingerprint: str
+
+    @property
+    def shape(self) -> str:
+        """Architecture and dimensions: what two models must share for one's heads to be the other's."""
+        heads = f"{self.num_heads} query / {self.num_kv_heads} KV heads of {self.head_dim}"
+        return f"{self.architecture}, {self.num_layers} attention layers, {heads}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A number for every unit of a model or text.
+
+    Attributes:
+        values: float32, one dimension per axis; nan where nothing could be measured.
+        axes: what the dimensions are, e.g. ("layer", "head") or ("layer", "position", "kind").
+        scorer: registered name of the scorer. parameters: its fields.
+        model: which model. data: on what: a description, its fingerprint, the tokenizer's length and the like.
+        n: how many samples the values are a mean of.
+        standard_error: of the mean, same shape as values; None where there is no mean (n = 1, an optimisation).
+        labels: names along an axis where they are not just numbers, e.g. {"position": (" The", " magic", ...)}.
+        extras: further tensors, e.g. a loss curve. notes: sentences about this run, e.g. why it stopped.
+        environment: versions and the date.
+    """
+
+    values: Tensor
+    axes: tuple[str, ...]
+    scorer: str
+    model: ModelIdentity
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    n: int = 1
+    standard_error: Tensor | None = None
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert len(self.axes) == self.values.dim(), f"{self.axes} for {tuple(self.values.shape)}"
+        assert self.standard_error is None or self.standard_error.shape == self.values.shape
+
+    # -- choosing -----------------------------------------------------------------------------------------------
+
+    def ranked(self) -> list[tuple[int, ...]]:
+        """All units that have a value, best first; ties by lower index."""
+        flat = self.values.flatten().nan_to_num(-math.inf)
+        order = torch.sort(flat, descending=True, stable=True).indices.tolist()
+        shape = self.values.shape
+        units = [tuple(int(i) for i in torch.unravel_index(torch.tensor(u), shape)) for u in order]
+        return [unit for unit in units if not math.isnan(float(self.values[unit]))]
+
+    def top(self, k: int | float) -> list[tuple[int, ...]]:
+        """The best units: `k` of them (int), or that share of all units, rounded up (float in (0, 1])."""
+        return self.ranked()[: count_of(k, self.values.numel())]
+
+    def per_kv_head(self, reduce: str = "max") -> Scores:
+        """Scores of query heads, reduced over the query heads that share a KV head.
+
+        Args:
+            reduce: "max" (one important reader makes a KV head important) or "mean".
+        """
+        self.require_axes("layer", "head")
+        require(reduce in ("max", "mean"), "reduce", reduce, '"max" or "mean"')
+        grouped = self.values.view(self.model.num_layers, self.model.num_kv_heads, -1)
+        values = grouped.amax(-1) if reduce == "max" else grouped.mean(-1)
+        notes = (*self.notes, f"{reduce} over the query heads of each KV head")
+        return Scores(values, ("layer", "kv_head"), self.scorer, self.model, self.parameters, self.data, self.n,
+                      notes=notes, environment=self.environment)  # fmt: skip
+
+    def require_axes(self, *axes: str) -> None:
+        """Refuse scores of another kind of unit.
+
+        Raises:
+            ScoresMismatchError: the axes differ.
+        """
+        if self.axes != axes:
+            problem = f"{self.scorer} scores have the axes {' × '.join(self.axes)}"
+            raise ScoresMismatchError(problem, f"scores over {' × '.join(axes)} are needed here")
+
+    def check_model(self, model: ModelIdentity) -> None:
+        """Refuse scores that were measured on a model of another shape; other weights of one shape are allowed.
+
+        Raises:
+            ScoresMismatchError: the architecture or a dimension differs.
+        """
+        if self.model.shape != model.shape:
+            problem = f"{self.scorer} scores were measured on {self.model.shape}, this model is {model.shape}"
+            raise ScoresMismatchError(problem, "measure this model: sparing score --model ...")
+
+    # -- the file -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file, whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        target = Path(path)
+        tensors = {"values": self.values} | {f"extra.{name}": t for name, t in self.extras.items()}
+        if self.standard_error is not None:
+            tensors["standard_error"] = self.standard_error
+        header = {"format": FORMAT, "axes": self.axes, "labels": dict(self.labels), "model": asdict(self.model)}
+        header |= {name: getattr(self, name) for name in _PLAIN}
+        metadata = {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in header.items()}
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
+            os.close(handle)
+            try:
+                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+                os.replace(temporary, target)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(target, str(error)) from error
+        return target
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], model: ModelIdentity | None = None) -> Scores:
+        """Read a file that `save` wrote; with `model`, refuse scores of a model of another shape.
+
+        Raises:
+            InputFileError: missing, or not such a file. ScoresMismatchError: see `check_model`.
+        """
+        source = Path(path)
+        try:
+            with safe_open(source, framework="pt") as file:
+                header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            fix = "give a file written by `sparing score --out` or Scores.save"
+            raise InputFileError(source, f"cannot be read as scores ({error})", fix) from error
+        if header.get("format") != FORMAT or "values" not in tensors:
+            raise InputFileError(source, "holds no scores", "give a file written by `sparing score --out`")
+        labels = {axis: tuple(names) for axis, names in header["labels"].items()}
+        extras = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
+        plain = {name: header[name] for name in _PLAIN} | {"notes": tuple(header["notes"])}
+        plain |= {"model": ModelIdentity(**header["model"]), "standard_error": tensors.get("standard_error")}
+        scores = Scores(tensors["values"], tuple(header["axes"]), labels=labels, extras=extras, **plain)
+        if model is not None:
+            scores.check_model(model)
+        return scores
+
+
+# The fields that are JSON as they are.
+_PLAIN = ("scorer", "parameters", "data", "n", "notes", "environment")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two measurements rank the same units.
+
+    Attributes:
+        rank_correlation: Spearman's ρ over all units that both have a value for; ties share their mean rank.
+        top_overlap: share of the top k units that both have.
+        k, n: how many units are in the top, and in all.
+    """
+
+    rank_correlation: float
+    top_overlap: float
+    k: int
+    n: int
+
+    def __str__(self) -> str:
+        return f"rank correlation {self.rank_correlation:.3f}, {self.top_overlap:.0%} of the top {self.k} shared"
+
+
+def agree(a: Scores, b: Scores, k: int | float = 0.1) -> Agreement:
+    """Compare two measurements of one model: rank correlation and overlap of the top k.
+
+    Args:
+        k: units in the top (int), or their share of all units (float in (0, 1]).
+
+    Raises:
+        ScoresMismatchError: they are over different units, or fewer than two have a value in both.
+    """
+    b.require_axes(*a.axes)
+    if a.values.shape != b.values.shape:
+        problem = f"one has {tuple(a.values.shape)} units, the other {tuple(b.values.shape)}"
+        raise ScoresMismatchError(problem, "compare measurements of one model")
+    both = ~(a.values.isnan() | b.values.isnan()).flatten()
+    if int(both.sum()) < 2:
+        raise ScoresMismatchError("fewer than two units have a value in both", "measure more")
+    first, second = (_ranks(s.values.flatten()[both]) for s in (a, b))
+    count = count_of(k, int(both.sum()))
+    tops = [set(_top(s, both, count)) for s in (a, b)]
+    return Agreement(_pearson(first, second), len(tops[0] & tops[1]) / count, count, int(both.sum()))
+
+
+def count_of(k: int | float, total: int) -> int:
+    """`k` itself (int), or that share of the total, rounded up (float in (0, 1]); at most the total.
+
+    Raises:
+        InvalidInputError: neither.
+    """
+    if isinstance(k, bool) or not isinstance(k, int | float) or not k > 0 or (isinstance(k, float) and k > 1):
+        raise InvalidInputError("k", k, "a whole number >= 1, or a share in (0, 1]")
+    # The tiny subtraction keeps 0.1 * 30 at 3.
+    return min(k if isinstance(k, int) else math.ceil(k * total - 1e-9), total)
+
+
+def _top(scores: Scores, allowed: Tensor, count: int) -> Sequence[tuple[int, ...]]:
+    mask = allowed.view(scores.values.shape)
+    return [unit for unit in scores.ranked() if mask[unit]][:count]
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """1-based ranks in float64; equal values share the mean of their ranks."""
+    _, inverse, counts = torch.unique(values, sorted=True, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[inverse]
+
+
+def _pearson(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size else math.nan

@@ -1,0 +1,107 @@
+"""Measuring a model: `score(model, "retrieval")`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+import transformers
+
+import sparing
+from sparing.adapters.lens import ModelLens
+from sparing.core.head_scorer import HeadScorer, Run, StopRule, finish, parse_scorer
+from sparing.core.scores import Scores
+from sparing.errors import InvalidInputError, require
+from sparing.tasks import probes
+
+# Kind of data → how samples of it are made offline: (tokenizer, count, length, seed) → samples.
+MAKERS: dict[str, Callable[..., Sequence[Any]]] = {
+    "text": probes.text_samples,
+    "needle": probes.needle_samples,
+    "pair": probes.pair_samples,
+}
+
+
+def score(
+    model: Any,
+    scorer: HeadScorer | str,
+    tokenizer: Any = None,
+    data: Sequence[Any] | None = None,
+    *,
+    samples: int = 16,
+    length: int = 512,
+    seed: int = 0,
+    batch_size: int = 8,
+    stop: StopRule | None = None,
+    max_seconds: float = math.inf,
+    progress: Callable[[int, int, str], None] | None = None,
+    name: str | None = None,
+) -> Scores:
+    """Measure heads, layers or positions of a model.
+
+    Example:
+        >>> scores = sparing.score(model, "retrieval", tokenizer)
+        >>> scores.top(3)
+        [(2, 1), (2, 2), (2, 0)]
+        >>> scores.save("heads.safetensors")
+
+    Args:
+        model: a decoder-only transformers model; it is left as it was found.
+        scorer: a scorer, or `name(field=value,...)` of a registered one.
+        tokenizer: the model's; needed unless `data` is given, or the scorer makes its own.
+        data: samples of the scorer's kind (`sparing.core.samples`); made offline by default.
+        samples, length, seed: how many samples are made, of how many tokens, and from which series.
+        batch_size: samples at a time. stop: when to stop early. max_seconds: stop after so long.
+        progress: told (done, total, what) now and then.
+        name: how the model is called in the result.
+
+    Raises:
+        InvalidInputError: no tokenizer where one is needed, no samples, or one of the numbers is out of range.
+        UnsupportedModelError: the model has no seam that the scorer needs.
+    """
+    scorer = parse_scorer(scorer) if isinstance(scorer, str) else scorer
+    require(isinstance(scorer, HeadScorer), "scorer", scorer, "a scorer or the name of one")
+    require(samples >= 1, "samples", samples, "a whole number >= 1")
+    require(batch_size >= 1, "batch_size", batch_size, "a whole number >= 1")
+    require(max_seconds > 0, "max_seconds", max_seconds, "a number above 0")
+    lens = ModelLens(model, tokenizer, name)
+    kind = scorer.info.data
+    made = data is None and kind != "none"
+    if made:
+        if tokenizer is None:
+            raise InvalidInputError(
+                "tokenizer", None, f"the model's tokenizer: {scorer.info.name} makes {kind} samples"
+            )
+        data = MAKERS[kind](tokenizer, samples, length, seed)
+    if data is not None and not len(data):
+        raise InvalidInputError("data", "no samples", "at least one")
+    run = Run(data or (), batch_size, seed, stop or StopRule(), max_seconds, progress or Run.progress)
+    was_training = model.training
+    model.eval()
+    try:
+        measured = scorer.measure(lens, run)
+    finally:
+        model.train(was_training)
+    return finish(scorer, lens, measured, _described(kind, run, made, length), environment=_environment())
+
+
+def _described(kind: str, run: Run, made: bool, length: int) -> dict[str, Any]:
+    """What was measured on: enough to tell two data sets apart, and to make a synthetic one again."""
+    digest = hashlib.sha256(repr(tuple(run.samples)).encode()).hexdigest()[:12]
+    origin = {"made": "offline", "length": length} if made else {"made": "given"}
+    return {"kind": kind, "samples": len(run.samples), "seed": run.seed, "fingerprint": digest} | origin
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "sparing": sparing.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
