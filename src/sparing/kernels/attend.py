@@ -1,7 +1,7 @@
-"""Attention of new queries over a ragged store, in torch: one call for even lanes, one per lane otherwise.
+"""Attention of new queries over a ragged store: the native kernel for one new token where it was built, else torch.
 
-Queries of a KV head's group are packed as rows of one matrix, so keys are read once per group and never repeated.
-Nothing is padded and nothing is copied. A native kernel would be chosen in `attend`, for one query token.
+In torch it is one call for even lanes, one per lane otherwise. Queries of a KV head's group are packed as rows of one
+matrix, so keys are read once per group and never repeated. Nothing is padded and nothing is copied.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.core.scorer import Softmax
+from sparing.kernels import native
 from sparing.kernels.ragged import RaggedStore
 
 # Rows of queries per call: bounds the causal mask to (ROWS, n) however long a later turn is.
@@ -66,6 +67,11 @@ def _attend_tile(query: Tensor, store: RaggedStore, softmax: Softmax, after: int
     groups = grouped.shape[2] // count
     if softmax.softcap is not None or softmax.sinks is not None:
         return _attend_explicit(grouped, store, softmax, count, after).view(batch, query_heads, count, -1)
+    if count == 1 and not query.requires_grad and native.can_decode(query, store.keys, store.values, groups):
+        out, _ = native.ragged_decode(
+            grouped.flatten(0, 1), store.keys, store.values, store.starts, store.lengths, softmax.scaling
+        )
+        return out.view(batch, query_heads, 1, -1)
     even = store.even
     if even is not None:
         keys, values = store.stacked()

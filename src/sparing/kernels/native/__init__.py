@@ -1,0 +1,97 @@
+"""The native decode kernel: attention of one new token over ragged lanes, at the speed of memory.
+
+Built when the package is installed, where there is a C++ compiler; without it everything works in torch, slower.
+`status()` says in one line which it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+_LIBRARY = Path(__file__).parent / "libsparing_kernels.so"
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library; None if it was not built, or is switched off by SPARING_NATIVE=0."""
+    if os.environ.get("SPARING_NATIVE") == "0" or not _LIBRARY.exists():
+        return None
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+    except OSError:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.sparing_ragged_decode.argtypes = [
+        number, number, number, number, number, number, pointer, pointer, pointer, pointer, pointer, pointer,
+        ctypes.c_float, pointer, pointer,
+    ]  # fmt: skip
+    return library
+
+
+def status() -> str:
+    """One line: which kernel decodes, and why."""
+    library = _library()
+    if library is not None:
+        return f"native decode kernel: on ({INSTRUCTION_SETS[library.sparing_best_isa()]})"
+    if os.environ.get("SPARING_NATIVE") == "0":
+        return "native decode kernel: off (SPARING_NATIVE=0)"
+    fix = "python -m sparing.kernels.native.build"
+    return f"native decode kernel: off, torch decodes (no C++ compiler when installed; with one, run `{fix}`)"
+
+
+def can_decode(query: Tensor, keys: Tensor, values: Tensor, group: int) -> bool:
+    """True if there is a kernel for these tensors: on the CPU, float32 or bfloat16, a usual head size and group."""
+    library = _library()
+    return (
+        library is not None
+        and query.device.type == "cpu"
+        and query.dtype == keys.dtype == values.dtype
+        and keys.dtype in _TYPES
+        and keys.shape[-1] == values.shape[-1]
+        and bool(library.sparing_has_kernel(keys.shape[-1], group))
+    )
+
+
+def ragged_decode(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out[l, g] = Σ_t softmax_t(scaling · q[l, g] · k_t + bias_t) v_t over the tokens t of lane l.
+
+    Args:
+        queries: (lanes, G, D). keys, values: (capacity, D), contiguous, float32 or bfloat16; see `can_decode`.
+        starts, lengths: (lanes,) int64; every lane holds at least one token.
+        bias: (capacity,) float32, added to the logits of each stored token.
+        instruction_set: one of INSTRUCTION_SETS; by default the best of this machine.
+
+    Returns:
+        (lanes, G, D) in the queries' dtype, and (lanes, G) float32 log-sum-exps, by which partial results are merged.
+        Computed in float32 on `torch.get_num_threads()` threads.
+    """
+    library = _library()
+    assert library is not None, status()
+    lanes, group, dim = queries.shape
+    exact = queries.float().contiguous()
+    out, lse = torch.empty(lanes, group, dim), torch.empty(lanes, group)
+    isa = library.sparing_best_isa() if instruction_set is None else INSTRUCTION_SETS.index(instruction_set)
+    failed = library.sparing_ragged_decode(
+        isa, torch.get_num_threads(), lanes, group, dim, keys.dtype == torch.bfloat16, exact.data_ptr(),
+        keys.data_ptr(), values.data_ptr(), None if bias is None else bias.data_ptr(), starts.data_ptr(),
+        lengths.data_ptr(), scaling, out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+    assert not failed, f"no kernel for head size {dim}, group {group}"
+    return out.to(queries.dtype), lse

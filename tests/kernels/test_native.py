@@ -1,0 +1,143 @@
+"""The native decode kernel against attention in float64, for every instruction set that this machine has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sparing.kernels import native
+from sparing.kernels.native.build import build, compiler
+
+if native._library() is None:
+    pytest.skip(f"{native.status()}", allow_module_level=True)
+
+BEST = native._library().sparing_best_isa()
+SETS = native.INSTRUCTION_SETS[: BEST + 1]
+LENGTHS = [1, 2, 15, 16, 17, 255, 256, 257, 777]
+EPS = 2.0**-24
+
+
+def case(dim: int, group: int, dtype: torch.dtype, seed: int = 0):
+    """Queries, and lanes with slack between them that is full of nan: what is no token must never be read into."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(LENGTHS)
+    starts = (lengths + 5).cumsum(0) - lengths - 5
+    capacity = int((lengths + 5).sum())
+    keys, values = (torch.full((capacity, dim), torch.nan, dtype=dtype) for _ in range(2))
+    for start, length in zip(starts.tolist(), LENGTHS, strict=True):
+        for buffer in (keys, values):
+            buffer[start : start + length] = torch.randn(length, dim, generator=g).to(dtype)
+    queries = torch.randn(len(LENGTHS), group, dim, generator=g).to(dtype)
+    bias = torch.randn(capacity, generator=g)
+    return queries, keys, values, starts, lengths, bias
+
+
+def reference(queries, keys, values, starts, lengths, scaling, bias=None):
+    """Attention by its definition, one lane and one query at a time, in float64."""
+    out = torch.zeros(queries.shape, dtype=torch.float64)
+    lse = torch.zeros(queries.shape[:2], dtype=torch.float64)
+    for lane, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        part = slice(start, start + length)
+        for g in range(queries.shape[1]):
+            logits = keys[part].double() @ queries[lane, g].double() * scaling
+            if bias is not None:
+                logits = logits + bias[part].double()
+            out[lane, g] = logits.softmax(0) @ values[part].double()
+            lse[lane, g] = logits.logsumexp(0)
+    return out, lse
+
+
+def bound(queries, dim: int, scaling: float) -> float:
+    """A logit is off by at most D ε |q||k| s (norms of these normal tensors stay below 2 sqrt(D)); exp and sums add
+    2 + n ε each; the output is a weighted mean of values below 6."""
+    logit = dim * EPS * 4 * dim * scaling
+    return 6 * (2 * logit + (4 + max(LENGTHS) / 16) * 2 * EPS)
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_the_kernel_is_attention(isa, dtype, dim, group):
+    queries, keys, values, starts, lengths, bias = case(dim, group, dtype)
+    scaling = dim**-0.5
+    for given in (None, bias):
+        found, lse = native.ragged_decode(queries, keys, values, starts, lengths, scaling, given, isa)
+        expected, expected_lse = reference(queries, keys, values, starts, lengths, scaling, given)
+        # bfloat16 outputs are rounded once, at the end: with 8 significant bits, by at most 2^-8 of it.
+        rounding = 0.0 if dtype == torch.float32 else 2.0**-8 * float(expected.abs().max())
+        assert float((found.double() - expected).abs().max()) <= bound(queries, dim, scaling) + rounding
+        assert float((lse.double() - expected_lse).abs().max()) <= bound(queries, dim, scaling)
+
+
+def test_large_logits_do_not_overflow():
+    queries, keys, values, starts, lengths, _ = case(64, 4, torch.float32)
+    found, _ = native.ragged_decode(queries * 1e3, keys, values, starts, lengths, 1.0)
+    expected, _ = reference(queries * 1e3, keys, values, starts, lengths, 1.0)
+    assert bool(found.isfinite().all())
+    # Softmax is one-hot here: a value is picked, and only a near tie could pick another.
+    assert torch.equal(found[0], values[starts[0]].expand(4, -1))
+    assert float((found.double() - expected).abs().max()) < 1e-2
+
+
+def test_threads_change_nothing():
+    queries, keys, values, starts, lengths, _ = case(128, 4, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        outs = []
+        for threads in (1, 2, 3, 2, 1):
+            torch.set_num_threads(threads)
+            outs.append(native.ragged_decode(queries, keys, values, starts, lengths, 0.1)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_it_works_after_a_fork():
+    code = """
+import os, torch
+from sparing.kernels import native
+torch.set_num_threads(2)
+q, k = torch.randn(2, 4, 64), torch.randn(2000, 64)
+at = (torch.tensor([0, 1000]), torch.tensor([1000, 1000]))
+first = native.ragged_decode(q, k, k, *at, 0.1)[0]
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(native.ragged_decode(q, k, k, *at, 0.1)[0], first) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_what_it_cannot_do_is_known_before():
+    q, k = torch.zeros(1, 4, 64), torch.zeros(8, 64)
+    assert native.can_decode(q, k, k, 4)
+    assert not native.can_decode(q, k, k, 9)
+    assert not native.can_decode(q.half(), k.half(), k.half(), 4)
+    assert not native.can_decode(q, k, torch.zeros(8, 32), 4)
+    assert not native.can_decode(torch.zeros(1, 4, 72), torch.zeros(8, 72), torch.zeros(8, 72), 4)
+
+
+def test_it_can_be_switched_off_and_says_so():
+    code = "from sparing.kernels import native; print(native.status())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"SPARING_NATIVE": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "native decode kernel: off (SPARING_NATIVE=0)"
+    assert "on (" in native.status()
+
+
+def test_without_a_compiler_the_build_says_why(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert compiler() is None
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):
+        build()
