@@ -52,7 +52,8 @@ def attend_with_rows(query: Tensor, store: RaggedStore, softmax: Softmax) -> tup
     for lane in range(batch * heads):
         keys, values = store.lane(lane)
         mask = _causal(count, keys.shape[0], grouped.shape[1] // count, query.device)
-        probabilities = _probabilities(grouped[lane], keys, softmax, mask, None if sinks is None else sinks[lane])
+        bias = None if store.bias is None else store.bias[store.spans[lane][0] :][: keys.shape[0]]
+        probabilities = _probabilities(grouped[lane], keys, softmax, mask, None if sinks is None else sinks[lane], bias)
         rows[lane, :, : keys.shape[0]] = probabilities
         out[lane] = probabilities.to(values.dtype) @ values
     shape = (batch, heads, query_heads // heads, count)
@@ -69,11 +70,11 @@ def _attend_tile(query: Tensor, store: RaggedStore, softmax: Softmax, after: int
         return _attend_explicit(grouped, store, softmax, count, after).view(batch, query_heads, count, -1)
     if count == 1 and not query.requires_grad and native.can_decode(query, store.keys, store.values, groups):
         out, _ = native.ragged_decode(
-            grouped.flatten(0, 1), store.keys, store.values, store.starts, store.lengths, softmax.scaling
+            grouped.flatten(0, 1), store.keys, store.values, store.starts, store.lengths, softmax.scaling, store.bias
         )
         return out.view(batch, query_heads, 1, -1)
     even = store.even
-    if even is not None:
+    if even is not None and store.bias is None:
         keys, values = store.stacked()
         keys, values = keys[:, :, : even - after], values[:, :, : even - after]
         mask = _causal(count, even - after, groups, query.device)
@@ -86,10 +87,18 @@ def _attend_tile(query: Tensor, store: RaggedStore, softmax: Softmax, after: int
         grouped.reshape(-1, 1, 1, *grouped.shape[2:]).unbind(), store.spans, strict=True
     ):
         seen = length - after
-        mask = _causal(count, seen, groups, query.device)
+        mask = _mask(store, start, seen, _causal(count, seen, groups, query.device), query.dtype)
         part = (keys.narrow(2, start, seen), values.narrow(2, start, seen))
         lanes.append(F.scaled_dot_product_attention(queries, *part, attn_mask=mask, scale=softmax.scaling))
     return torch.cat(lanes).view(batch, query_heads, count, -1)
+
+
+def _mask(store: RaggedStore, start: int, length: int, causal: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Causality and the bias of a lane's tokens, as the fused attention takes them."""
+    if store.bias is None:
+        return causal
+    bias = store.bias[start : start + length].to(dtype)
+    return bias[None] if causal is None else bias.expand(causal.shape).masked_fill(~causal, -torch.inf)
 
 
 def _attend_explicit(grouped: Tensor, store: RaggedStore, softmax: Softmax, count: int, after: int) -> Tensor:
@@ -101,19 +110,22 @@ def _attend_explicit(grouped: Tensor, store: RaggedStore, softmax: Softmax, coun
         keys, values = store.lane(lane)
         keys, values = keys[: keys.shape[0] - after], values[: values.shape[0] - after]
         mask = _causal(count, keys.shape[0], queries.shape[0] // count, queries.device)
-        probabilities = _probabilities(queries, keys, softmax, mask, None if sinks is None else sinks[lane])
+        bias = None if store.bias is None else store.bias[store.spans[lane][0] :][: keys.shape[0]]
+        probabilities = _probabilities(queries, keys, softmax, mask, None if sinks is None else sinks[lane], bias)
         lanes.append(probabilities.to(values.dtype) @ values)
     return torch.stack(lanes)
 
 
 def _probabilities(
-    queries: Tensor, keys: Tensor, softmax: Softmax, mask: Tensor | None, sinks: Tensor | None
+    queries: Tensor, keys: Tensor, softmax: Softmax, mask: Tensor | None, sinks: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """(rows, n) attention in at least float32; learned sinks take part in the normalisation only."""
     exact = torch.promote_types(queries.dtype, torch.float32)
     logits = (queries @ keys.T).to(exact) * softmax.scaling
     if softmax.softcap is not None:
         logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     if sinks is None:

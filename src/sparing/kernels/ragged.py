@@ -27,6 +27,7 @@ class RaggedStore:
         rows, kv_heads: sequences and KV heads; `rows * kv_heads` lanes.
         keys: (capacity, D). values: (capacity, Dv). positions: (capacity,) int32 positions in the sequence.
         scores: (capacity,) float32, only for methods that follow decoding.
+        bias: (capacity,) float32, added to a token's attention logits: log c for a token that stands for c; None for 0.
         starts: (lanes,) int64, where each lane begins. lengths: (lanes,) int64, tokens it holds.
         capacities: (lanes,) int64, tokens it has room for.
     """
@@ -37,6 +38,7 @@ class RaggedStore:
     values: Tensor
     positions: Tensor
     scores: Tensor | None
+    bias: Tensor | None
     starts: Tensor
     lengths: Tensor
     capacities: Tensor
@@ -46,19 +48,25 @@ class RaggedStore:
 
     @classmethod
     def pack(
-        cls, kept: list[list[Tensor]], keys: Tensor, values: Tensor, positions: Tensor, scores: Tensor | None
+        cls,
+        kept: list[list[Tensor]],
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        scores: Tensor | None,
+        bias: Tensor | None = None,
     ) -> RaggedStore:
         """Copy the kept tokens of padded tensors into new storage.
 
         Args:
             kept: [row][kv_head] → slots to keep, in order.
-            keys, values: (B, H, N, D). positions: (B, H, N). scores: (B, H, N) or None.
+            keys, values: (B, H, N, D). positions, scores, bias: (B, H, N); the last two may be None.
         """
         rows, heads = keys.shape[:2]
         lanes = [lane for row in kept for lane in row]
         lengths = torch.tensor([len(lane) for lane in lanes])
-        store = cls._empty(rows, heads, lengths, keys, values, scores is not None)
-        sources = [source.flatten(0, 1) for source in (keys, values, positions, scores) if source is not None]
+        store = cls._empty(rows, heads, lengths, keys, values, scores is not None, bias is not None)
+        sources = [s.flatten(0, 1) for s in (keys, values, positions, scores, bias) if s is not None]
         for lane, (slots, (start, length)) in enumerate(zip(lanes, store.spans, strict=True)):
             for source, buffer in zip(sources, store._buffers(), strict=True):
                 # Lane by lane: one indexed copy of everything takes twice as long.
@@ -67,7 +75,15 @@ class RaggedStore:
 
     @classmethod
     def _empty(
-        cls, rows: int, heads: int, lengths: Tensor, keys: Tensor, values: Tensor, scored: bool, room: int = 0
+        cls,
+        rows: int,
+        heads: int,
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        is_scored: bool,
+        is_biased: bool,
+        room: int = 0,
     ) -> RaggedStore:
         slack = max(MIN_SLACK, room, int(lengths.double().mean() * SLACK_SHARE))
         capacities = lengths + slack
@@ -78,7 +94,8 @@ class RaggedStore:
             keys.new_empty(total, keys.shape[-1]),
             values.new_empty(total, values.shape[-1]),
             torch.empty(total, dtype=torch.int32, device=device),
-            torch.zeros(total, device=device) if scored else None,
+            torch.zeros(total, device=device) if is_scored else None,
+            torch.zeros(total, device=device) if is_biased else None,
             (capacities.cumsum(0) - capacities).to(device),
             lengths.to(device),
             capacities.to(device),
@@ -103,7 +120,7 @@ class RaggedStore:
     def nbytes(self) -> int:
         """Bytes held, slack and bookkeeping included."""
         tensors = [self.keys, self.values, self.positions, self.starts, self.lengths, self.capacities]
-        return sum(t.nbytes for t in tensors) + (self.scores.nbytes if self.scores is not None else 0)
+        return sum(t.nbytes for t in (*tensors, self.scores, self.bias) if t is not None)
 
     @property
     def even(self) -> int | None:
@@ -147,8 +164,8 @@ class RaggedStore:
 
     def _buffers(self) -> list[Tensor]:
         """Everything that has one entry per stored token."""
-        buffers = [self.keys, self.values, self.positions]
-        return buffers if self.scores is None else [*buffers, self.scores]
+        buffers = (self.keys, self.values, self.positions, self.scores, self.bias)
+        return [buffer for buffer in buffers if buffer is not None]
 
     # -- changing -----------------------------------------------------------------------------------------------
 
@@ -166,8 +183,9 @@ class RaggedStore:
             self.positions[index] = (position + steps).int().repeat(self.rows * self.kv_heads)
         self.keys.index_copy_(0, index, keys.reshape(-1, keys.shape[-1]))
         self.values.index_copy_(0, index, values.reshape(-1, values.shape[-1]))
-        if self.scores is not None:
-            self.scores.index_fill_(0, index, 0.0)
+        for buffer in (self.scores, self.bias):
+            if buffer is not None:
+                buffer.index_fill_(0, index, 0.0)
         self._lengthen(count)
 
     def drop_newest(self, count: int) -> None:
@@ -197,7 +215,8 @@ class RaggedStore:
         """Copy the given lanes into fresh storage with slack for at least `room` more tokens."""
         begins = self.starts[lanes].tolist()
         lengths = self.lengths[lanes].cpu()
-        new = self._empty(self.rows, self.kv_heads, lengths, self.keys, self.values, self.scores is not None, room)
+        has = (self.scores is not None, self.bias is not None)
+        new = self._empty(self.rows, self.kv_heads, lengths, self.keys, self.values, *has, room)
         for begin, target, length in zip(begins, new._start_list, new._length_list, strict=True):
             for mine, fresh in zip(self._buffers(), new._buffers(), strict=True):
                 # Slices, not one indexed copy of everything: three times as fast, and decoding waits for it.

@@ -33,16 +33,18 @@ def needle_samples(
     """Questions about facts in a context, `length` tokens with the answer.
 
     Args:
-        task: any task whose answers stand in its contexts word for word; a single needle by default.
+        task: any task whose answers stand in its contexts word for word; a single needle by default. Of a generated
+            task one question a context is taken, of a file (whose contexts have their own lengths) all of them.
 
     Raises:
         InvalidInputError: the length is too short, or an answer does not stand in its context.
     """
     task, encoder, samples = task or get("needle_single"), Encoder(tokenizer), []
-    for index in range(count if task.num_samples is None else min(count, task.num_samples)):
-        sample = task.sample(tokenizer, length if task.num_samples is None else None, seed, index)
-        question = sample.questions[index % len(sample.questions)]
-        samples.append(_needle(encoder, tokenizer, sample.context_ids, question))
+    is_file = task.num_samples is not None
+    for index in range(min(count, task.num_samples or count)):
+        sample = task.sample(tokenizer, None if is_file else length, seed, index)
+        some = sample.questions if is_file else [sample.questions[index % len(sample.questions)]]
+        samples += [_needle(encoder, sample.context_ids, question) for question in some]
     return samples
 
 
@@ -76,7 +78,7 @@ def pair_samples(
     return pairs
 
 
-def _needle(encoder: Encoder, tokenizer: Any, context: Sequence[int], question: Question) -> NeedleSample:
+def _needle(encoder: Encoder, context: Sequence[int], question: Question) -> NeedleSample:
     """The sample, with the answer's place in it."""
     needle = question.evidence[0] if question.evidence else (0, len(context))
     if not question.answers:

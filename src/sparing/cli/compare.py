@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported until a command runs."""
+"""Comparing methods and answering from a compressed cache: `sparing compare` and `sparing generate`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import sparing
-from sparing.errors import InputFileError, InvalidInputError, OutputError, SparingError
+from sparing.errors import InputFileError, InvalidInputError
 
 if TYPE_CHECKING:
     from sparing.compare.sweep import Cell, Contestant, Sweep
@@ -20,38 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(sparing.__version__, prog_name="sparing")
-def cli() -> None:
-    """Find what matters in a transformer's context, and keep only that."""
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-def methods(as_json: bool) -> None:
-    """List the methods."""
-    from sparing.core.method import methods as registered
-
-    infos = registered().values()
-    if as_json:
-        import json
-
-        fields = ("name", "family", "unit", "moment", "paper", "summary", "training_free")
-        click.echo(json.dumps([{field: getattr(info, field) for field in fields} for info in infos], indent=1))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "family", "unit", "moment", "paper", "keeps"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "name")
-    for info in infos:
-        table.add_row(info.name, info.family, info.unit, info.moment, info.paper, info.summary)
-    Console().print(table)
-    click.echo("\nAny of them with another allocator: name+uniform, name+pyramid, name+adaptive, name+global.")
-
-
-@cli.command()
+@click.command()
 @click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
 @click.option("--methods", "method_text", default="all", show_default=True, help="Names, comma-separated.")
 @click.option("--keep", "keep_text", default="0.5,0.25", show_default=True, help='Budgets: 0.25, 512 or "64MiB".')
@@ -85,7 +53,7 @@ def compare(
         _run_and_report(sweep, cells, run)
 
 
-@cli.command()
+@click.command()
 @click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
 @click.option("--method", "method_text", default="snapkv", show_default=True, help="See `sparing methods`.")
 @click.option("--keep", "keep_text", default="0.25", show_default=True, help='A budget: 0.25, 512 or "64MiB".')
@@ -222,19 +190,4 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def main() -> None:
-    """Entry point: errors that we raise on purpose become one line and exit code 2, never a traceback."""
-    try:
-        cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("\ninterrupted; what was measured is kept, and the same command goes on from there", err=True)
-        sys.exit(130)
-    except SparingError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        click.echo(f"error: {OutputError(error.filename or 'output', str(error.strerror or error))}", err=True)
-        sys.exit(2)
+COMMANDS = (compare, generate)

@@ -1,0 +1,134 @@
+"""Measuring heads: `sparing score` and `sparing agree`."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparing.errors import InvalidInputError
+
+
+@click.command()
+@click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
+@click.option("--scorer", required=True, help="See `sparing scorers`; fields in brackets: `name(field=value)`.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), default=None, help="Samples of your own; made offline if not given."
+)
+@click.option(
+    "--samples", default=None, type=click.IntRange(1), help="How many samples (default: 16, or all of your own)."
+)
+@click.option(
+    "--length", default=512, show_default=True, type=click.IntRange(8), help="Tokens per sample made offline."
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--patience", default=0, show_default=True, type=click.IntRange(0),
+              help="Stop once the top 10 % have stayed the same for so many samples; 0: never.")  # fmt: skip
+@click.option("--max-seconds", default=math.inf, type=float, help="Stop after so long, with what there is.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
+@click.option("--html", default=None, type=click.Path(path_type=Path), help="A page that shows the measurement.")
+@click.option("--png", default=None, type=click.Path(path_type=Path), help="The same as a picture (needs matplotlib).")
+@click.option("--against", default=None, type=click.Path(path_type=Path), help="Another measurement to compare with.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--device", default=None, help="cpu, cuda, ...; by default a GPU if there is one.")
+def score(
+    model: str, scorer: str, data: Path | None, samples: int | None, length: int, seed: int, batch_size: int,
+    patience: int, max_seconds: float, out: Path, html: Path | None, png: Path | None, against: Path | None,
+    dtype: str, device: str | None,
+) -> None:  # fmt: skip
+    """Measure heads, layers or positions of a model, and save the result for other commands."""
+    from sparing.core.head_scorer import StopRule, parse_scorer
+    from sparing.core.scores import Scores
+
+    parsed = parse_scorer(scorer)
+    other = Scores.load(against) if against is not None else None
+    from sparing.compare.loading import load_model
+    from sparing.scoring import score as measure
+    from sparing.tasks.probe_files import load_samples
+
+    loaded = load_model(model, dtype, device)
+    given = load_samples(parsed.info.data, data, loaded.tokenizer) if data is not None else None
+    given = given[:samples] if given is not None else None
+    with _progress(parsed.info.name) as told:
+        found = measure(
+            loaded.model, parsed, loaded.tokenizer, given, samples=samples or 16, length=length, seed=seed,
+            batch_size=batch_size, stop=StopRule(patience=patience), max_seconds=max_seconds, progress=told, name=model,
+        )  # fmt: skip
+    found.save(out)
+    _print(found, other)
+    click.echo(f"scores: {out}")
+    if html is not None:
+        from sparing.compare.measurement.page import render_scores
+        from sparing.compare.store import write_text_atomic
+
+        html.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(html, render_scores(found, compare=other, command=shlex.join(["sparing", *sys.argv[1:]])))
+        click.echo(f"page: {html}")
+    if png is not None:
+        from sparing.compare.measurement.png import save_png
+
+        save_png(found, png)
+        click.echo(f"picture: {png}")
+
+
+@click.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--top", default="0.1", show_default=True, help="Units in the top: a number, or a share.")
+def agree(first: Path, second: Path, top: str) -> None:
+    """Compare two measurements of one model: rank correlation, and overlap of the top."""
+    from sparing.core.scores import Scores
+    from sparing.core.scores import agree as compare
+
+    try:
+        k: int | float = int(top) if top.isdigit() else float(top)
+    except ValueError:
+        raise InvalidInputError("top", top, "a whole number, or a share in (0, 1]") from None
+    click.echo(str(compare(Scores.load(first), Scores.load(second), k)))
+
+
+def _print(found: Any, other: Any) -> None:
+    """The ten best units, and how two measurements agree."""
+    from sparing.core.scores import agree as compare
+
+    errors = found.standard_error
+    for unit in found.ranked()[:10]:
+        names = [
+            found.labels[axis][i] if axis in found.labels else str(i) for axis, i in zip(found.axes, unit, strict=True)
+        ]
+        where = "  ".join(f"{axis} {name}" for axis, name in zip(found.axes, names, strict=True))
+        spread = "" if errors is None else f" ± {float(errors[unit]):.3g}"
+        click.echo(f"{where:24} {float(found.values[unit]):.4g}{spread}")
+    click.echo(f"n = {found.n}" + "".join(f"; {note}" for note in found.notes))
+    if other is not None:
+        click.echo(str(compare(found, other)))
+
+
+class _progress:
+    """A progress bar on standard error; calling it moves it."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._what, self._job = what, self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> _progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self._bar.update(self._job, completed=done, total=total, description=f"{self._what} {what}")
+
+
+COMMANDS = (score, agree)
