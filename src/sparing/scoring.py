@@ -17,13 +17,15 @@ from sparing.adapters.lens import ModelLens
 from sparing.core.head_scorer import HeadScorer, Run, StopRule, finish, parse_scorer
 from sparing.core.scores import Scores
 from sparing.errors import InvalidInputError, require
-from sparing.tasks import probes
+from sparing.tasks import passkeys, probes, ranking_probes
 
 # Kind of data → how samples of it are made offline: (tokenizer, count, length, seed) → samples.
 MAKERS: dict[str, Callable[..., Sequence[Any]]] = {
     "text": probes.text_samples,
     "needle": probes.needle_samples,
     "pair": probes.pair_samples,
+    "ranking": ranking_probes.ranking_samples,
+    "passkey": passkeys.passkey_samples,
 }
 
 

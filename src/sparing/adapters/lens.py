@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from sparing.adapters.attach import Attachment, Registration, is_attached
 from sparing.adapters.attention import base_attention
@@ -48,6 +49,7 @@ class ModelLens:
         first = self.layers[0]
         self.num_layers, self.num_heads, self.num_kv_heads = len(self.layers), first.num_heads, first.num_kv_heads
         self.head_dim = first.value_dim
+        self.vocabulary_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         title = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.identity = ModelIdentity(
             title, type(model).__name__, self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim,
@@ -129,6 +131,18 @@ class ModelLens:
             more["logits_to_keep"] = last
         logits: Tensor = self.model(ids.to(self.device), **more).logits
         return logits if last is None else logits[:, -last:]
+
+    def final_states(self, ids: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
+        """See `core.lens.Lens.final_states`."""
+        seen: list[Tensor] = []
+        before = lambda module, args: seen.append(args[0])  # noqa: E731
+        with _removing(self.model.get_output_embeddings().register_forward_pre_hook(before)):
+            self.forward(ids, mask, last)
+        return seen[-1] if last is None else seen[-1][:, -last:]
+
+    def new_cache(self) -> Any:
+        """See `core.lens.Lens.new_cache`."""
+        return DynamicCache(config=self.model.config)
 
     def forward_from(self, layer: int, residual: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
         """See `core.lens.Lens.forward_from`; blocks before the layer are passed over."""

@@ -62,7 +62,7 @@ class Lens(Protocol):
 
     Attributes:
         identity: which model. num_layers: attention layers. num_heads, num_kv_heads: of each of them.
-        head_dim: size of a head's output (Dv). tokenizer: the model's own, None if it was not given.
+        head_dim: size of a head's output (Dv). vocabulary_size: how many token ids there are. tokenizer: the model's own, None if it was not given.
     """
 
     model: Any
@@ -71,6 +71,7 @@ class Lens(Protocol):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    vocabulary_size: int
     tokenizer: Any
 
     @property
@@ -104,6 +105,14 @@ class Lens(Protocol):
         Returns:
             (B, T or last, vocabulary) logits in the model's dtype.
         """
+        ...
+
+    def final_states(self, ids: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
+        """What goes into the unembedding, (B, T or last, E): the residual stream after the final norm."""
+        ...
+
+    def new_cache(self) -> Any:
+        """An empty cache of the model's own kind, for `forward`."""
         ...
 
     def forward_from(self, layer: int, residual: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:

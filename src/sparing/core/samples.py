@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# Which of the classes below a scorer needs: TextSample, NeedleSample, PairSample, RankingSample; "none" if it
-# makes its own (random tokens, passkeys).
-DataKind = Literal["text", "needle", "pair", "ranking", "none"]
+# Which of the classes below a scorer needs: TextSample, NeedleSample, PairSample, RankingSample, PasskeySample;
+# "none" if it makes its own (random tokens).
+DataKind = Literal["text", "needle", "pair", "ranking", "passkey", "none"]
 
 Span = tuple[int, int]
 
@@ -73,3 +73,18 @@ class RankingSample:
     documents: tuple[Span, ...]
     query_start: int
     gold: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PasskeySample:
+    """Sequences of random words in a long text, and behind it all of them again, each after a question for it.
+
+    Attributes:
+        ids: text, questions and answers.
+        passkeys: [start, end) of each sequence in the text, in the order of the text. answers: [start, end) of each
+            again, in the same order; ids[answers[i]] == ids[passkeys[i]].
+    """
+
+    ids: tuple[int, ...]
+    passkeys: tuple[Span, ...]
+    answers: tuple[Span, ...]

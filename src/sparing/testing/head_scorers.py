@@ -14,7 +14,7 @@ import torch
 
 from sparing.adapters.lens import ModelLens
 from sparing.core.head_scorer import HeadScorer, MeanScorer
-from sparing.core.samples import DataKind, NeedleSample, PairSample, RankingSample, TextSample
+from sparing.core.samples import DataKind, NeedleSample, PairSample, PasskeySample, RankingSample, TextSample
 from sparing.core.scores import Scores
 from sparing.errors import UnsupportedModelError
 from sparing.scoring import score
@@ -33,7 +33,7 @@ class _Interruption(Exception):
 def random_samples(kind: DataKind, model: Any, count: int = 3, length: int = 40, seed: int = 0) -> list[Any]:
     """Samples of a kind for a model with the tiny vocabulary; their lengths differ where the kind allows it."""
     makers: dict[str, Callable[[random.Random, int, Any], Any]] = {
-        "text": _text, "needle": _needle, "pair": _pair, "ranking": _ranking,
+        "text": _text, "needle": _needle, "pair": _pair, "ranking": _ranking, "passkey": _passkey,
     }  # fmt: skip
     if kind not in makers:
         return []
@@ -194,3 +194,9 @@ def _ranking(rng: random.Random, length: int, model: Any) -> RankingSample:
     spans = ((1, third), (third, 2 * third), (2 * third, length))
     real, null = _tokens(rng, 6), _tokens(rng, 4)
     return RankingSample((*documents, *real), (*documents, *null), spans, length, (1,))
+
+
+def _passkey(rng: random.Random, length: int, model: Any) -> PasskeySample:
+    text, first, second = _tokens(rng, length - 12), _tokens(rng, 3), _tokens(rng, 3)
+    ids = (*text[:5], *first, *text[5:9], *second, *text[9:], *first, *second)
+    return PasskeySample(ids, ((5, 8), (12, 15)), ((length - 6, length - 3), (length - 3, length)))

@@ -8,7 +8,11 @@ from sparing.testing import TINY_MODELS
 from sparing.testing.head_scorers import CHECKS
 
 # What learns, learns a few steps only; what repeats long blocks, repeats short ones.
-QUICK: dict[str, str] = {}
+QUICK: dict[str, str] = {
+    "duo": "duo(sinks=2,recent=8,steps=3)",
+    "lofit": "lofit(epochs=2)",
+    "subnetwork": "subnetwork(steps=3)",
+}
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma3", "gpt2"])
