@@ -62,7 +62,8 @@ class Lens(Protocol):
 
     Attributes:
         identity: which model. num_layers: attention layers. num_heads, num_kv_heads: of each of them.
-        head_dim: size of a head's output (Dv). vocabulary_size: how many token ids there are. tokenizer: the model's own, None if it was not given.
+        head_dim: size of a head's output (Dv). vocabulary_size: how many token ids there are.
+        tokenizer: the model's own, None if it was not given.
     """
 
     model: Any
