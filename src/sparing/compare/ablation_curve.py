@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sparing.compare.store import write_text_atomic
-from sparing.core.edits import Ablation, AblateHeads, Head, HeadEdit
+from sparing.core.edits import AblateHeads, Ablation, Head, HeadEdit
 from sparing.core.scores import Scores
 from sparing.editing import edit, head_outputs
 from sparing.errors import require

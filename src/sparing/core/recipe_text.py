@@ -9,7 +9,7 @@ from typing import Any
 from sparing.errors import InvalidInputError, UnknownNameError
 
 
-def parse_call(text: str, what: str) -> tuple[str, dict[str, Any]]:
+def parse_call(text: str, what: str) -> tuple[str, dict[str, str]]:
     """The name and the fields in `name` or `name(field=value,...)`.
 
     Args:
@@ -21,14 +21,14 @@ def parse_call(text: str, what: str) -> tuple[str, dict[str, Any]]:
     match = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*(?:\((.*)\))?\s*", text)
     if match is None:
         raise InvalidInputError(what, text, "name or name(field=value)")
-    fields: dict[str, Any] = {}
+    fields: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in (match.group(2) or "").split(","))):
         key, equals, value = item.partition("=")
         if not equals:
             raise InvalidInputError(what, text, "fields written as name=value")
         if key.strip() in fields:
             raise InvalidInputError(what, text, "each field once")
-        fields[key.strip()] = _literal(value.strip())
+        fields[key.strip()] = value.strip().strip("'\"")
     return match.group(1), fields
 
 
@@ -39,19 +39,21 @@ def build(recipe: type, fields: dict[str, Any], name: str) -> Any:
         UnknownNameError: it has no such field. InvalidInputError: a value that the field does not take.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(recipe) if f.init}
-    for key, value in fields.items():
+    values = dict(fields)
+    for key, text in fields.items():
         if key not in defaults:
             raise UnknownNameError(f"field of {name}", key, defaults)
         default = defaults[key]
+        value = values[key] = _literal(text) if isinstance(text, str) and not isinstance(default, str) else text
         if key == "keep":  # checked by the method, which takes several types
             continue
         if not isinstance(default, bool | int | float | str):
             raise InvalidInputError(f"{name}.{key}", value, "an object", "build the method in Python to set it")
         if isinstance(default, float) and type(value) is int:
-            fields[key] = float(value)
+            values[key] = float(value)
         elif type(value) is not type(default):
             raise InvalidInputError(f"{name}.{key}", value, f"a value of type {type(default).__name__}")
-    return recipe(**fields)
+    return recipe(**values)
 
 
 def _literal(text: str) -> Any:
@@ -62,4 +64,4 @@ def _literal(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return text.strip("'\"")
+    return text

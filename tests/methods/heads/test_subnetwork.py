@@ -1,5 +1,7 @@
 """The learned mask: needed heads stay, heads that reach nothing go, and what the notes say is so."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
@@ -97,6 +99,22 @@ def test_the_first_step_has_every_gate_half_open():
     with torch.no_grad():
         half = float(gated_loss(ModelLens(model), data, torch.full((2, 4), 0.5)))
     assert found.extras["loss"][0].tolist() == pytest.approx([half, 0.2], rel=1e-5)
+
+
+def test_gates_grow_sharper_by_a_factor_each_step():
+    """Where no head reaches anything, m has the penalty's gradient alone, and AdamW's steps are worked out here."""
+    model = planted()
+    found = score(model, Subnetwork(penalty=0.8, steps=3, learning_rate=0.1, sharpness=4.0), data=samples(model, 2))
+    number = first = second = 0.0
+    penalties = []
+    for step, sharpness in enumerate([1.0, 2.0, 4.0], 1):
+        gate = 1 / (1 + math.exp(-sharpness * number))
+        penalties.append(0.8 * gate)
+        gradient = 0.8 / 8 * sharpness * gate * (1 - gate)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        number -= 0.1 * (first / (1 - 0.9**step)) / math.sqrt(second / (1 - 0.999**step))
+    assert found.extras["loss"][:, 1].tolist() == pytest.approx(penalties, rel=1e-5)
+    assert found.values.flatten().tolist() == pytest.approx([1 / (1 + math.exp(-4 * number))] * 8, rel=1e-4)
 
 
 def test_a_higher_penalty_keeps_fewer_heads():
