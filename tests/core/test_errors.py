@@ -11,6 +11,7 @@ from sparing.errors import (
     InvalidInputError,
     MethodRefusedError,
     OutputError,
+    ScoresMismatchError,
     SparingError,
     UnknownNameError,
     UnsupportedModelError,
@@ -24,6 +25,7 @@ EXAMPLES = {
     OutputError: OutputError("out", "disk full", "free some space"),
     UnsupportedModelError: UnsupportedModelError("Mamba", "no keys", "run it without sparing"),
     MethodRefusedError: MethodRefusedError("h2o", "needs attention", "use knorm"),
+    ScoresMismatchError: ScoresMismatchError("measured on Llama, this is Qwen3", "measure this model"),
     CacheStateError: CacheStateError("nothing there", "generate first"),
 }
 

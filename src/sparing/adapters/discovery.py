@@ -100,7 +100,7 @@ def discover(model: nn.Module, recorded: Callable[[OnCall], AbstractContextManag
         if block is None:
             raise UnsupportedModelError(name, f"attention layer {number} is in no list of blocks")
         width = seen.num_heads * seen.value_dim
-        projection = next((m for m in seen.after if _in_features(m) == width), None)
+        projection = next((m for m in seen.after if linear_width(m) == width), None)
         layers.append(LensLayer(number, block, seen.module, projection, _find_mlp(block, seen.module),
                                 seen.num_heads, seen.num_kv_heads, seen.value_dim))  # fmt: skip
     return Found(layers, blocks, tuples)
@@ -116,7 +116,7 @@ def _trial_run(
 
     def on_call(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         calls.append(_Seen(module, query.shape[1], key.shape[1], value.shape[-1], []))
-        inside.update({m: module for m in module.modules() if _in_features(m)})
+        inside.update({m: module for m in module.modules() if linear_width(m)})
 
     def on_linear(module: nn.Module, args: Any) -> None:
         if calls and inside.get(module) is calls[-1].module:
@@ -131,7 +131,7 @@ def _trial_run(
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorded(on_call))
         for module in model.modules():
-            if _in_features(module):
+            if linear_width(module):
                 stack.callback(module.register_forward_pre_hook(on_linear).remove)
             for listed in module if isinstance(module, nn.ModuleList) else ():
                 stack.callback(listed.register_forward_hook(on_listed).remove)
@@ -139,7 +139,7 @@ def _trial_run(
     return calls, frozenset(tuples)
 
 
-def _in_features(module: nn.Module) -> int | None:
+def linear_width(module: nn.Module) -> int | None:
     """Input width of a linear map; None for anything else. GPT-2's Conv1D stores (in, out)."""
     if isinstance(module, nn.Linear):
         return module.in_features

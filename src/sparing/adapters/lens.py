@@ -19,6 +19,7 @@ from sparing.adapters.attention import base_attention
 from sparing.adapters.discovery import LensLayer, OnCall, discover, swapped
 from sparing.adapters.fingerprint import fingerprint
 from sparing.adapters.masks import LazyMask, lazy_mask
+from sparing.adapters.relevance import relevance_rules
 from sparing.core.lens import Attend, AttentionCall, AttentionHook, Site, SiteHook
 from sparing.core.scorer import Softmax
 from sparing.core.scores import ModelIdentity
@@ -166,6 +167,10 @@ class ModelLens:
             return (out,) if block in self._tuples else out
 
         return forward
+
+    def relevance(self, rules: frozenset[str]) -> AbstractContextManager[None]:
+        """See `core.lens.Lens.relevance`."""
+        return relevance_rules(self.model, self.layers, rules)
 
     def output_weight(self, layer: int) -> Tensor:
         """See `core.lens.Lens.output_weight`."""

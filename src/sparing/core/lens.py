@@ -123,6 +123,14 @@ class Lens(Protocol):
         """
         ...
 
+    def relevance(self, rules: frozenset[str]) -> AbstractContextManager[None]:
+        """Other gradients, the same values, for the length of a `with` block: any of "layer_norm", "identity", "half".
+
+        Raises:
+            UnsupportedModelError: the model has a part that the rules are not defined for.
+        """
+        ...
+
     def output_weight(self, layer: int) -> Tensor:
         """(Hq, Dv, E) slices of the output projection, so that attn_out = Σ_h z_h @ weight[h] (+ bias)."""
         ...
