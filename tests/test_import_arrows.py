@@ -39,10 +39,11 @@ FORBIDDEN = {
 }  # fmt: skip
 
 # The registry walks the methods package on first use, so that a method is registered in its own file alone.
-ALLOWED = {("sparing.core.method", "sparing.methods")}
+ALLOWED = {("sparing.core.method", "sparing.methods"), ("sparing.core.head_scorer", "sparing.methods")}
 
 TRANSFORMERS = (
-    "sparing.adapters", "sparing.session", "sparing.models", "sparing.compare", "sparing.testing", "sparing.cli",
+    "sparing.adapters", "sparing.session", "sparing.scoring", "sparing.models", "sparing.compare", "sparing.testing",
+    "sparing.cli",
 )  # fmt: skip
 
 

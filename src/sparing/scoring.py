@@ -79,6 +79,8 @@ def score(
             raise InvalidInputError(
                 "tokenizer", None, f"the model's tokenizer: {scorer.info.name} makes {kind} samples"
             )
+        fits = lens.max_length is None or length <= lens.max_length
+        require(fits, "length", length, f"at most the model's {lens.max_length} positions")
         data = MAKERS[kind](tokenizer, samples, length, seed)
     if data is not None and not len(data):
         raise InvalidInputError("data", "no samples", "at least one")

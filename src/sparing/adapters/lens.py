@@ -51,7 +51,9 @@ class ModelLens:
         self.num_layers, self.num_heads, self.num_kv_heads = len(self.layers), first.num_heads, first.num_kv_heads
         self.head_dim = first.value_dim
         self.vocabulary_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        title = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        text_config: Any = self.model.config.get_text_config(decoder=True)
+        self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        title = name or getattr(self.model.config, "_name_or_path", "") or type(model).__name__
         self.identity = ModelIdentity(
             title, type(model).__name__, self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim,
             fingerprint(model),
@@ -114,7 +116,7 @@ class ModelLens:
         def before(module: nn.Module, args: tuple[Any, ...]) -> Any:
             flat: Tensor = args[0]
             new = hook(layer.number, flat.view(*flat.shape[:-1], layer.num_heads, layer.value_dim))
-            return None if new is None else (new.reshape(flat.shape), *args[1:])
+            return None if new is None else (new.reshape(flat.shape).contiguous(), *args[1:])
 
         return _removing(projection.register_forward_pre_hook(before))
 

@@ -63,6 +63,7 @@ class Lens(Protocol):
     Attributes:
         identity: which model. num_layers: attention layers. num_heads, num_kv_heads: of each of them.
         head_dim: size of a head's output (Dv). vocabulary_size: how many token ids there are.
+        max_length: positions that the model was made for, None if it does not say.
         tokenizer: the model's own, None if it was not given.
     """
 
@@ -73,6 +74,7 @@ class Lens(Protocol):
     num_kv_heads: int
     head_dim: int
     vocabulary_size: int
+    max_length: int | None
     tokenizer: Any
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparing.core.lens import Attend, AttentionCall, Lens
 from sparing.measures.attention import attention_rows
@@ -18,7 +19,8 @@ class Step:
     """One decoded token.
 
     Attributes:
-        attention: (L, B, Hq, S) float32: the rows that predicted it, over all tokens so far, left pads included.
+        attention: (L, B, Hq, S) float32: the rows that predicted it, over all tokens so far, left pads included; 0 for
+            tokens that a sliding-window layer has dropped.
         tokens: (B,) the tokens that were predicted.
         pads: (B,) left pads: token i of a prompt stands at i + pads.
     """
@@ -52,7 +54,9 @@ def decode_watched(lens: Lens, prompts: Sequence[Sequence[int]], steps: int, wat
             with lens.hooked(attention=keep_last_row):
                 logits = lens.forward(token, mask, last=1, cache=cache)
             token = logits[:, -1].argmax(-1, keepdim=True).cpu()
-            watch(Step(torch.stack(rows).cpu(), token[:, 0], (~mask).sum(-1)))
+            # Sliding-window layers hold the newest tokens only.
+            whole = [functional.pad(row, (mask.shape[1] - row.shape[-1], 0)) for row in rows]
+            watch(Step(torch.stack(whole).cpu(), token[:, 0], (~mask).sum(-1)))
             said.append(token)
             mask = torch.cat([mask, torch.ones_like(token, dtype=torch.bool)], dim=1)
     return torch.cat(said, dim=1)

@@ -9,6 +9,8 @@ from sparing.testing.head_scorers import CHECKS
 
 # What learns, learns a few steps only; what repeats long blocks, repeats short ones.
 QUICK: dict[str, str] = {
+    "echo": "echo(block=16)",
+    "induction": "induction(block=16)",
     "duo": "duo(sinks=2,recent=8,steps=3)",
     "lofit": "lofit(epochs=2)",
     "subnetwork": "subnetwork(steps=3)",

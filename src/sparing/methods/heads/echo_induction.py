@@ -48,6 +48,9 @@ class RepeatedBlock(HeadScorer):
 
     def _mass(self, lens: Lens, run: Run, after: int) -> Measured:
         """Mean mass on the tokens `after` places behind the earlier copies of each token."""
+        length = self.block * self.repeats
+        fits = lens.max_length is None or length <= lens.max_length
+        require(fits, "block * repeats", length, f"at most the model's {lens.max_length} positions")
         ids = torch.tensor([draw_block(lens, self.block, run.seed) * self.repeats])
         found = torch.zeros(lens.num_layers, lens.num_heads)
 

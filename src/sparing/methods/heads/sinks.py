@@ -2,9 +2,9 @@
 
 Ranks: head.
 
-    s[h] = mean over rows i >= 1 of A[h, i, 0],   0 = the first token that is no pad
+    s[h] = mean over rows t >= 1 of A[h, t, 0],   0 = the first token that is no pad
 
-Row 0 is left out: it can see nothing else. Cost: one forward, O(n) memory per head.
+Row 0 is left out: it can see nothing else. Cost: one forward.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from sparing.core.head_scorer import MeanScorer, register_scorer
-from sparing.core.lens import Attend, AttentionCall, Lens
+from sparing.core.lens import AttentionCall, Lens
 from sparing.core.samples import TextSample
-from sparing.measures.attention import row_tiles
 from sparing.measures.batches import pad_left
+from sparing.measures.heads import row_mean
+from sparing.measures.watching import watch_rows
 
 
 @register_scorer("sink_mass", family="attention", data="text", paper="2309.17453",
@@ -32,18 +33,11 @@ class SinkMass(MeanScorer):
         """See `MeanScorer.observe`."""
         ids, mask = pad_left([sample.ids for sample in batch])
         first = (~mask).sum(-1)
-        result = torch.zeros(len(batch), lens.num_layers, lens.num_heads)
 
-        def watch(call: AttentionCall, attend: Attend) -> Tensor:
-            at = first.to(call.keys.device).view(-1, 1, 1, 1).expand(-1, lens.num_heads, 1, 1)
-            total = torch.zeros(len(batch), lens.num_heads, device=call.keys.device)
-            for rows, attention in row_tiles(call):
-                paid = attention.gather(-1, at.expand(-1, -1, attention.shape[2], 1)).squeeze(-1)
-                later = torch.arange(ids.shape[1], device=paid.device)[rows] > at[:, :, 0]
-                total += (paid * later).sum(-1)
-            result[:, call.layer] = (total / (mask.sum(-1, keepdim=True).to(total) - 1)).cpu()
-            return attend(call)
+        def paid(call: AttentionCall, rows: slice, attention: Tensor) -> Tensor:
+            places = first.to(attention.device).view(-1, 1, 1, 1).expand(*attention.shape[:3], 1)
+            return attention.gather(-1, places).squeeze(-1)
 
-        with torch.no_grad(), lens.hooked(attention=watch):
-            lens.forward(ids, mask, last=1)
-        return result
+        rows = watch_rows(lens, ids, mask, paid)
+        later = torch.arange(ids.shape[1]) > first[:, None]
+        return torch.stack([row_mean(layer, later) for layer in rows], dim=1)
