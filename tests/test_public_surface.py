@@ -66,7 +66,9 @@ def cli(*words: str) -> subprocess.CompletedProcess[str]:
 def test_help_lists_the_commands() -> None:
     done = cli("--help")
     assert done.returncode == 0
-    assert re.findall(r"^  (\w+)  ", done.stdout, flags=re.MULTILINE) == ["compare", "generate", "methods"]
+    assert re.findall(r"^  (\w+)  ", done.stdout, flags=re.MULTILINE) == [
+        "ablate", "agree", "compare", "corpus", "edit", "generate", "methods", "score", "scorers",
+    ]  # fmt: skip
 
 
 def test_methods_json_is_the_registry() -> None:

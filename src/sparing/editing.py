@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sparing.adapters.fold import fold_into
 from sparing.adapters.lens import ModelLens
-from sparing.core.edits import HeadEdit
+from sparing.core.edits import AblateHeads, Ablation, Head, HeadEdit
 from sparing.errors import InvalidInputError, OutputError
 from sparing.measures.batches import pad_left
+from sparing.methods.heads.uniform_heads import UniformHeads
 
 
 @contextmanager
@@ -92,6 +93,15 @@ def save_edited(model: Any, tokenizer: Any, edits: Sequence[HeadEdit], folder: s
     except OSError as error:
         raise OutputError(target, str(error)) from error
     return target
+
+
+def ablate(kind: Ablation, heads: Sequence[Head], reference: Tensor | None = None) -> HeadEdit:
+    """The edit that takes heads away in the named way: zero, mean, uniform or resample.
+
+    Args:
+        reference: what `head_outputs` measured; needed for mean and resample.
+    """
+    return UniformHeads(tuple(heads)) if kind == "uniform" else AblateHeads(tuple(heads), kind, reference)
 
 
 def head_outputs(model: Any, samples: Sequence[Any], tokens: int = 512, seed: int = 0) -> Tensor:

@@ -9,6 +9,8 @@ SparingError
 ├── UnsupportedModelError      the model's structure is not one that the seams understand
 ├── MethodRefusedError         this method cannot work on this model or in this combination
 ├── ScoresMismatchError        a measurement of another model, or of another kind of unit, than is needed
+├── MissingExtraError          an optional package is needed and not installed
+├── WorkerLostError            a task whose worker process was lost again and again
 └── CacheStateError            an operation that the cache's present state does not allow
 ~~~
 
@@ -90,6 +92,24 @@ class ScoresMismatchError(SparingError):
     def __init__(self, problem: str, fix: str = "") -> None:
         self.problem, self.fix = problem, fix
         super().__init__(_sentence(problem, fix))
+
+
+class MissingExtraError(SparingError):
+    """Something optional was asked for and is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        self.what, self.extra = what, extra
+        self.fix = f'pip install "sparing[{extra}]"'
+        super().__init__(_sentence(f"{what} is not installed", self.fix))
+
+
+class WorkerLostError(SparingError):
+    """A task could not be done because its worker was lost every time; finished tasks are kept."""
+
+    def __init__(self, task: str, tries: int) -> None:
+        self.task, self.tries = task, tries
+        self.fix = "look at the cluster's logs (out of memory?), or leave that item out"
+        super().__init__(_sentence(f"the worker of {task} was lost {tries} times", self.fix))
 
 
 class CacheStateError(SparingError):

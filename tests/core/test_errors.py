@@ -10,11 +10,13 @@ from sparing.errors import (
     InputFileError,
     InvalidInputError,
     MethodRefusedError,
+    MissingExtraError,
     OutputError,
     ScoresMismatchError,
     SparingError,
     UnknownNameError,
     UnsupportedModelError,
+    WorkerLostError,
     require,
 )
 
@@ -26,6 +28,8 @@ EXAMPLES = {
     UnsupportedModelError: UnsupportedModelError("Mamba", "no keys", "run it without sparing"),
     MethodRefusedError: MethodRefusedError("h2o", "needs attention", "use knorm"),
     ScoresMismatchError: ScoresMismatchError("measured on Llama, this is Qwen3", "measure this model"),
+    MissingExtraError: MissingExtraError("Ray", "ray"),
+    WorkerLostError: WorkerLostError("item 3", 3),
     CacheStateError: CacheStateError("nothing there", "generate first"),
 }
 

@@ -42,15 +42,15 @@ class ModelLens:
             differ in their numbers of heads.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, name: str | None = None) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any, tokenizer: Any = None, name: str | None = None) -> None:
+        self.model = model
         self.tokenizer = tokenizer
         found = discover(model, self._recorded)
         self.layers, self.blocks, self._tuples = found.layers, found.blocks, found.tuples
         first = self.layers[0]
         self.num_layers, self.num_heads, self.num_kv_heads = len(self.layers), first.num_heads, first.num_kv_heads
         self.head_dim = first.value_dim
-        self.vocabulary_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        self.vocabulary_size: int = model.get_input_embeddings().num_embeddings
         text_config: Any = self.model.config.get_text_config(decoder=True)
         self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
         title = name or getattr(self.model.config, "_name_or_path", "") or type(model).__name__

@@ -7,7 +7,7 @@ import sys
 import click
 
 import sparing
-from sparing.cli import compare, edit, methods, score
+from sparing.cli import acting, comparing, listing, measuring
 from sparing.errors import OutputError, SparingError
 
 
@@ -17,7 +17,7 @@ def cli() -> None:
     """Find what matters in a transformer's context, and keep only that."""
 
 
-for command in (*compare.COMMANDS, *methods.COMMANDS, *score.COMMANDS, *edit.COMMANDS):
+for command in (*comparing.COMMANDS, *listing.COMMANDS, *measuring.COMMANDS, *acting.COMMANDS):
     cli.add_command(command)
 
 

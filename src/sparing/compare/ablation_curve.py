@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from sparing.compare.store import write_text_atomic
-from sparing.core.edits import AblateHeads, Ablation, Head, HeadEdit
+from sparing.core.edits import Ablation, Head, HeadEdit
 from sparing.core.scores import Scores
-from sparing.editing import edit, head_outputs
+from sparing.editing import ablate, edit, head_outputs
 from sparing.errors import require
-from sparing.methods.heads.uniform_heads import UniformHeads
 from sparing.tasks import Task
 from sparing.tasks.probes import text_samples
 
@@ -49,9 +48,7 @@ class AblationCurve:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON."""
-        from pathlib import Path
-
-        write_text_atomic(Path(path), json.dumps(asdict(self), indent=1))
+        write_text_atomic(path, json.dumps(asdict(self), indent=1))
 
 
 def ablation_curve(
@@ -86,7 +83,7 @@ def ablation_curve(
 
     def measure(heads: Sequence[Head]) -> float:
         nonlocal done
-        found = _score(model, tokenizer, task, asked, _take_away(kind, tuple(heads), reference) if heads else None)
+        found = _score(model, tokenizer, task, asked, ablate(kind, heads, reference) if heads else None)
         done += 1
         progress(done, total, f"{len(heads)} heads away")
         return found
@@ -99,10 +96,6 @@ def ablation_curve(
         rng = random.Random(f"ablation curve/{seed}/{count}")
         drawn.append([measure(rng.sample(ranked[count:], count)) for _ in range(draws)])
     return AblationCurve(scores.scorer, task.label, kind, samples, full, counts, top, bottom, drawn, ranked)
-
-
-def _take_away(kind: Ablation, heads: tuple[Head, ...], reference: torch.Tensor | None) -> HeadEdit:
-    return UniformHeads(heads) if kind == "uniform" else AblateHeads(heads, kind, reference)
 
 
 def _score(model: Any, tokenizer: Any, task: Task, asked: Sequence[Any], taken: HeadEdit | None) -> float:

@@ -42,6 +42,7 @@ def score(
     dtype: str, device: str | None,
 ) -> None:  # fmt: skip
     """Measure heads, layers or positions of a model, and save the result for other commands."""
+    from sparing.cli.progress import ProgressBar
     from sparing.core.head_scorer import StopRule, parse_scorer
     from sparing.core.scores import Scores
 
@@ -54,7 +55,7 @@ def score(
     loaded = load_model(model, dtype, device)
     given = load_samples(parsed.info.data, data, loaded.tokenizer) if data is not None else None
     given = given[:samples] if given is not None else None
-    with _progress(parsed.info.name) as told:
+    with ProgressBar(parsed.info.name) as told:
         found = measure(
             loaded.model, parsed, loaded.tokenizer, given, samples=samples or 16, length=length, seed=seed,
             batch_size=batch_size, stop=StopRule(patience=patience), max_seconds=max_seconds, progress=told, name=model,
@@ -107,28 +108,6 @@ def _print(found: Any, other: Any) -> None:
     click.echo(f"n = {found.n}" + "".join(f"; {note}" for note in found.notes))
     if other is not None:
         click.echo(str(compare(found, other)))
-
-
-class _progress:
-    """A progress bar on standard error; calling it moves it."""
-
-    def __init__(self, what: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._what, self._job = what, self._bar.add_task(what, total=None)
-
-    def __enter__(self) -> _progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        self._bar.update(self._job, completed=done, total=total, description=f"{self._what} {what}")
 
 
 COMMANDS = (score, agree)

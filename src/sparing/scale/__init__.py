@@ -1,0 +1,1 @@
+"""The same work in this process or on a Ray cluster."""
