@@ -1,19 +1,13 @@
-"""The whole report: one HTML file without a single reference to anything outside it.
-
-A content security policy in the page forbids every request and runs no script but the one below it, whose
-hash it names; so a string of the user's that slipped through the escaping still could not run.
-"""
+"""The whole report as one page: what it says in words, charts, tables, maps, one example, how it was made."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
+from sparing.compare.html import document, facts
 from sparing.compare.report import charts, maps, tables, words
 from sparing.compare.report.summary import Row, Section, summary
 
@@ -49,6 +43,7 @@ def render_report(run: Json, rows: Iterable[Row], examples: Json | None = None) 
     example = maps.example_data(examples) if examples and examples.get("methods") else None
     share_maps = [maps.share_maps(section) for section in sections]
     body = [
+        charts.marker_defs(),
         _header(run, sections),
         _switch(names),
         *(
@@ -59,39 +54,14 @@ def render_report(run: Json, rows: Iterable[Row], examples: Json | None = None) 
         _example(examples, example),
         _provenance(run),
     ]
-    return _document(
-        str(run.get("model", "")),
+    model = str(run.get("model", ""))
+    return document(
+        f"sparing compare{': ' + model if model else ''}",
         "\n".join(part for part in body if part),
         {"maps": share_maps, "example": example},
+        files("sparing.compare.report").joinpath("script.js").read_text(encoding="utf-8"),
+        "Skip to the results",
     )
-
-
-def _document(model: str, body: str, data: Json) -> str:
-    script, style = _resource("script.js"), _resource("style.css")
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    title = f"sparing compare{': ' + model if model else ''}"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<a class="skip" href="#main">Skip to the results</a>\n{charts.marker_defs()}\n'
-        f'<main id="main">\n{body}\n</main>\n<div id="tip" role="status" aria-live="polite" hidden></div>\n'
-        f'<script type="application/json" id="data">{text}</script>\n'
-        f"<script>{script}</script>\n</body>\n</html>\n"
-    )
-
-
-def _resource(name: str) -> str:
-    return files("sparing.compare.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _header(run: Json, sections: Sequence[Section]) -> str:
@@ -234,15 +204,13 @@ def _example(examples: Json | None, data: Json | None) -> str:
 def _provenance(run: Json) -> str:
     """What made these numbers; unknown keys of run.json come last."""
     known = {name for name, _ in KNOWN_FACTS}
-    facts = [(label or name.replace("_", " "), run[name]) for name, label in KNOWN_FACTS if run.get(name) is not None]
-    facts += [(name.replace("_", " "), value) for name, value in run.items() if name not in known and value is not None]
-    items = []
-    for label, value in facts:
-        code = label in ("Command", "Commit")
-        text = escape(_plain(value))
-        name = label if label in PACKAGES else label[:1].upper() + label[1:]
-        items.append(f"<dt>{escape(name)}</dt><dd>{f'<code>{text}</code>' if code else text}</dd>")
-    return f'<section class="wide"><h2>How this was made</h2><dl class="facts">{"".join(items)}</dl></section>'
+    found = [(label, run[name]) for name, label in KNOWN_FACTS if run.get(name) is not None]
+    found += [(name.replace("_", " "), value) for name, value in run.items() if name not in known and value is not None]
+    items = [
+        (label if label in PACKAGES else label[:1].upper() + label[1:], _plain(value), label in ("Command", "Commit"))
+        for label, value in found
+    ]
+    return f'<section class="wide"><h2>How this was made</h2>{facts(items)}</section>'
 
 
 def _plain(value: Any) -> str:

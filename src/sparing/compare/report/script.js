@@ -1,8 +1,5 @@
-"use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const tip = document.getElementById("tip");
 
   // One mode at a time.
   const sections = all("[data-section]");
@@ -29,48 +26,6 @@
       curve.style.opacity = index === null || curve.dataset.m === index ? "" : "0.15";
     });
   }
-
-  // Each chart is one stop of the Tab key; arrow keys walk its points.
-  function points(chart) {
-    return all(".m:not([hidden]) .p", chart);
-  }
-  function giveOneTabStop(chart) {
-    const visible = points(chart);
-    all(".p", chart).forEach((point) => point.setAttribute("tabindex", "-1"));
-    if (visible.length) visible[0].setAttribute("tabindex", "0");
-  }
-  all(".chart").forEach((chart) => chart.addEventListener("keydown", (event) => {
-    const list = points(chart);
-    const at = list.indexOf(document.activeElement);
-    if (at < 0) return;
-    const goal = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: list.length - 1 }[event.key];
-    if (goal === undefined) return;
-    event.preventDefault();
-    const next = list[Math.min(Math.max(goal, 0), list.length - 1)];
-    list[at].setAttribute("tabindex", "-1");
-    next.setAttribute("tabindex", "0");
-    next.focus();
-  }));
-
-  // The tooltip says what the point's label says.
-  function showTip(text, box) {
-    tip.textContent = text;
-    tip.hidden = false;
-    const size = tip.getBoundingClientRect();
-    const left = Math.min(Math.max(8, box.left + box.width / 2 - size.width / 2), innerWidth - size.width - 8);
-    const above = box.top - size.height - 8;
-    tip.style.left = `${left}px`;
-    tip.style.top = `${above > 4 ? above : box.bottom + 8}px`;
-  }
-  const hideTip = () => { tip.hidden = true; };
-  const showPoint = (event) => {
-    const point = event.target.closest && event.target.closest(".p");
-    if (point) showTip(point.getAttribute("aria-label"), point.querySelector("use").getBoundingClientRect());
-  };
-  ["mouseover", "focusin", "click"].forEach((name) => document.addEventListener(name, showPoint));
-  ["mouseout", "focusout"].forEach((name) => document.addEventListener(name, hideTip));
-  document.addEventListener("scroll", hideTip, { passive: true });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
 
   const DARK = 65; // percent of colour above which text turns light
 
