@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import focus, focused, needs_browser, press, requests, resize, scheme
 from sample_rows import MANY_METHODS, perplexity_rows, sample_examples, sample_rows, sample_run
 
 from sparing.compare.report import render_report
 
-selenium = pytest.importorskip("selenium", reason="selenium is not installed (pip install selenium)")
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="needs chromium and chromedriver (apt-get install chromium chromium-driver)"
-)
-
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--force-color-profile=srgb",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.binary_location = str(BROWSER)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield started
-    started.quit()
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -50,44 +23,6 @@ def write(folder: Path, text: str) -> str:
     file = folder / "report.html"
     file.write_text(text, encoding="utf-8")
     return file.as_uri()
-
-
-def resize(driver: Any, width: int) -> None:
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
-def scheme(driver: Any, value: str) -> None:
-    driver.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": value}]}
-    )
-
-
-def requests(driver: Any) -> set[str]:
-    """The addresses that the browser asked for since the last call."""
-    found = set()
-    for entry in driver.get_log("performance"):
-        message = json.loads(entry["message"])["message"]
-        if message["method"] == "Network.requestWillBeSent":
-            found.add(message["params"]["request"]["url"])
-    return {url for url in found if not url.startswith(("data:", "chrome:"))}  # chrome: its own first tab
-
-
-def press(driver: Any, *keys: str) -> None:
-    from selenium.webdriver.common.action_chains import ActionChains
-
-    chain = ActionChains(driver)
-    for key in keys:
-        chain.send_keys(key)
-    chain.perform()
-
-
-def focus(driver: Any, selector: str) -> None:
-    driver.execute_script("document.querySelector(arguments[0]).focus()", selector)
-
-
-def focused(driver: Any, attribute: str) -> Any:
-    return driver.execute_script("return document.activeElement.getAttribute(arguments[0])", attribute)
 
 
 def visible_sections(driver: Any) -> list[str]:

@@ -109,7 +109,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_scraps(tmp_path
 
 
 def test_agreement_with_itself_and_with_its_reverse():
-    assert agree(HEADS, HEADS, 3) == Agreement(pytest.approx(1.0), 1.0, 3, 8)
+    assert agree(HEADS, HEADS, 3) == Agreement(pytest.approx(1.0), pytest.approx(1.0), 1.0, 3, 8)
     reverse = agree(HEADS, replace(HEADS, values=-HEADS.values), 3)
     assert reverse.rank_correlation == pytest.approx(-1.0)
     assert reverse.top_overlap == 0.0
@@ -122,7 +122,7 @@ def test_agreement_worked_by_hand():
     assert found.rank_correlation == pytest.approx(0.6)
     assert (found.top_overlap, found.k) == (1.0, 2)
     assert agree(one, other, 1).top_overlap == 0.0
-    assert str(found) == "rank correlation 0.600, 100% of the top 2 shared"
+    assert str(found) == "Pearson r = 0.600, rank correlation 0.600, 100% of the top 2 shared"
 
 
 def test_equal_values_share_their_mean_rank():
@@ -135,7 +135,7 @@ def test_only_units_with_both_values_are_compared():
     one, other = (
         Scores(torch.tensor(v), ("layer",), "x", MODEL) for v in ([1.0, math.nan, 3, 9], [2.0, 8, 5, math.nan])
     )
-    assert agree(one, other, 1) == Agreement(pytest.approx(1.0), 1.0, 1, 2)
+    assert agree(one, other, 1) == Agreement(pytest.approx(1.0), pytest.approx(1.0), 1.0, 1, 2)
 
 
 def test_measurements_of_different_things_are_not_compared():

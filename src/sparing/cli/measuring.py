@@ -73,7 +73,7 @@ def score(
     if png is not None:
         from sparing.compare.measurement.png import save_png
 
-        save_png(found, png)
+        save_png(found, png, compare=other)
         click.echo(f"picture: {png}")
 
 

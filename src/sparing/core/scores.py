@@ -195,22 +195,25 @@ class Agreement:
     """How alike two measurements rank the same units.
 
     Attributes:
-        rank_correlation: Spearman's ρ over all units that both have a value for; ties share their mean rank.
+        correlation: Pearson's r of the values, over all units that both have a value for; nan if one is constant.
+        rank_correlation: Spearman's ρ over the same; ties share their mean rank.
         top_overlap: share of the top k units that both have.
         k, n: how many units are in the top, and in all.
     """
 
+    correlation: float
     rank_correlation: float
     top_overlap: float
     k: int
     n: int
 
     def __str__(self) -> str:
-        return f"rank correlation {self.rank_correlation:.3f}, {self.top_overlap:.0%} of the top {self.k} shared"
+        both = f"Pearson r = {self.correlation:.3f}, rank correlation {self.rank_correlation:.3f}"
+        return f"{both}, {self.top_overlap:.0%} of the top {self.k} shared"
 
 
 def agree(a: Scores, b: Scores, k: int | float = 0.1) -> Agreement:
-    """Compare two measurements of one model: rank correlation and overlap of the top k.
+    """Compare two measurements of one model: correlation of values and of ranks, and overlap of the top k.
 
     Args:
         k: units in the top (int), or their share of all units (float in (0, 1]).
@@ -225,10 +228,11 @@ def agree(a: Scores, b: Scores, k: int | float = 0.1) -> Agreement:
     both = ~(a.values.isnan() | b.values.isnan()).flatten()
     if int(both.sum()) < 2:
         raise ScoresMismatchError("fewer than two units have a value in both", "measure more")
-    first, second = (_ranks(s.values.flatten()[both]) for s in (a, b))
+    first, second = (s.values.flatten()[both].double() for s in (a, b))
     count = count_of(k, int(both.sum()))
     tops = [set(_top(s, both, count)) for s in (a, b)]
-    return Agreement(_pearson(first, second), len(tops[0] & tops[1]) / count, count, int(both.sum()))
+    ranks = _pearson(_ranks(first), _ranks(second))
+    return Agreement(_pearson(first, second), ranks, len(tops[0] & tops[1]) / count, count, int(both.sum()))
 
 
 def count_of(k: int | float, total: int) -> int:
