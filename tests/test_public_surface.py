@@ -78,7 +78,7 @@ def test_methods_json_is_the_registry() -> None:
 
 
 def test_the_readme_table_is_the_registry() -> None:
-    done = run("scripts/readme-table", "--check")
+    done = run("scripts/tables", "--check")
     assert done.returncode == 0, done.stderr
 
 

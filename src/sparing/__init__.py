@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "use": "sparing.session",
@@ -30,6 +30,7 @@ _HOME = {
     "fold": "sparing.editing",
     "save_edited": "sparing.editing",
     "ablate": "sparing.editing",
+    "head_outputs": "sparing.editing",
     "ScaleHeads": "sparing.core.edits",
     "BiasHeads": "sparing.core.edits",
     "AblateHeads": "sparing.core.edits",
