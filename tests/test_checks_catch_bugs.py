@@ -11,7 +11,6 @@ import torch
 
 from sparing import TOVA, Evict, Knorm, SnapKV
 from sparing.adapters.attach import Attachment
-from sparing.adapters.attention import CACHING
 from sparing.adapters.cache import EvictingCache
 from sparing.adapters.layers import EvictingLayer
 from sparing.core.allocate import Uniform
@@ -119,7 +118,11 @@ def never_keeps_all(*, keep):
 
 def grows_while_decoding(patch):
     limits = EvictingCache._limits
-    patch.setattr(EvictingCache, "_limits", lambda self, counts: limits(self, counts) + 100)
+    patch.setattr(EvictingCache, "_limits", lambda self, counts, seen: limits(self, counts, seen) + 100)
+
+
+def harms_short_prompts(patch):
+    patch.setattr(EvictingCache, "_tokens_per_head", lambda self, seen: self.method.budget.tokens_per_head(seen, 10**6))
 
 
 def careless_attention(patch):
@@ -159,9 +162,9 @@ def leaves_a_hook_after_an_error(session, kind):
 
 def allows_nesting(patch):
     class Lenient:
-        def __init__(self, model):
+        def __init__(self, model, registration):
             try:
-                self.real: Attachment | None = Attachment(model, CACHING)
+                self.real: Attachment | None = Attachment(model, registration)
             except UnsupportedModelError:
                 self.real = None
 
@@ -204,8 +207,8 @@ def answers_without_attention(patch):
 def keeps_the_wrong_slot(patch):
     pack = RaggedStore.pack.__func__
 
-    def wrong(cls, kept, keys, values, positions, scores):
-        return pack(cls, kept, keys.roll(1, dims=2), values, positions, scores)
+    def wrong(cls, kept, keys, *others):
+        return pack(cls, kept, keys.roll(1, dims=2), *others)
 
     patch.setattr(RaggedStore, "pack", classmethod(wrong))
 
@@ -247,6 +250,7 @@ SPECIMENS: dict[str, tuple[Callable[..., Method], Callable[[Any], None]]] = {
     "unsupported_models_are_refused": (SnapKV, takes_any_model),
     "kept_counts_match_the_budget": (lambda *, keep: Evict(keep, Knorm().parts().scorer, OneTooMany()), nothing),
     "size_while_decoding": (TOVA, grows_while_decoding),
+    "short_prompts_lose_nothing": (SnapKV, harms_short_prompts),
     "bfloat16_error_is_bounded": (SnapKV, careless_attention),
     "generate_in_chunks": (SnapKV, never_waits_for_the_prompt),
     "turns_by_hand": (SnapKV, compresses_the_first_turn_only),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,8 @@ from transformers.cache_utils import Cache
 
 from sparing.adapters.attach import Attachment
 from sparing.adapters.attention import CACHING
-from sparing.adapters.cache import CacheReport, EvictingCache
+from sparing.adapters.accounting import CacheReport
+from sparing.adapters.cache import EvictingCache
 from sparing.adapters.handles import take_updated_layer
 from sparing.adapters.structure import read_structure
 from sparing.core.method import Method
@@ -66,8 +68,20 @@ class Session:
 
     def new_cache(self) -> EvictingCache:
         """A fresh cache for one conversation, to be passed as `past_key_values`."""
-        self.cache = EvictingCache(self.structure, self.method)
+        self.cache = self._equipped(EvictingCache(self.structure, self.method))
         return self.cache
+
+    def _equipped(self, cache: EvictingCache) -> EvictingCache:
+        """The cache, able to run more tokens for scorers that replay the prompt."""
+        model = weakref.ref(self.model)
+
+        def run(**inputs: Any) -> None:
+            alive = model()
+            assert alive is not None
+            alive(**inputs)
+
+        cache.tape.run = run
+        return cache
 
     def watching_cache(self, methods: Iterable[Method]) -> EvictingCache:
         """A cache that drops nothing while the scorers of the given methods watch: one prefill, to be forked for each.
@@ -78,7 +92,8 @@ class Session:
             >>> model(ids, past_key_values=cache)
             >>> compressed = cache.fork(snapkv)
         """
-        return EvictingCache(self.structure, None, watch=[method.parts().scorer for method in methods])
+        watch = [method.parts().scorer for method in methods]
+        return self._equipped(EvictingCache(self.structure, None, watch=watch))
 
     def report(self, cache: EvictingCache | None = None) -> CacheReport:
         """What the given cache (by default the one made last) keeps, in tokens and bytes.
@@ -101,11 +116,21 @@ class Session:
             fix = "compressed layers have no attention map; ask the model for it outside the block"
             raise InvalidInputError("output_attentions", True, "False inside `with sparing.use(...)`", fix)
         if isinstance(past, EvictingCache):
+            self._record(past, args, kwargs)
             return None
         if isinstance(past, Cache):
             problem = f"a {type(past).__name__} was passed, which cannot be compressed"
             raise CacheStateError(problem, "pass session.new_cache() or no cache at all")
-        return args, {**kwargs, "past_key_values": self.new_cache(), "use_cache": True}
+        cache = self.new_cache()
+        self._record(cache, args, kwargs)
+        return args, {**kwargs, "past_key_values": cache, "use_cache": True}
+
+    @staticmethod
+    def _record(cache: EvictingCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the tokens that a cache is about to read, if a scorer wants to replay them."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if cache.replaying is None and isinstance(ids, Tensor) and any(scorer.replays for scorer in cache.scorers):
+            cache.tape.write(ids)
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         """`model.generate` with a compressed cache."""

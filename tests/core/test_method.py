@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from sparing.core.actions import Action
 from sparing.core.allocate import ALLOCATORS, AdaptiveHeads, Pyramid, Uniform
 from sparing.core.method import Evict, Method, Parts, methods, parse_method, register, split_methods
 from sparing.core.scorer import Scorer
@@ -123,10 +124,19 @@ def test_lists_are_split_outside_brackets():
 
 
 def test_combinations_that_are_not_defined_are_refused():
-    with pytest.raises(MethodRefusedError, match=r"WindowAttention cannot follow decoding; use moment=.prefill_end"):
-        Evict(0.5, SnapKV().parts().scorer, moment="every_step")
+    with pytest.raises(MethodRefusedError, match=r"Scorer cannot follow decoding; use moment=.prefill_end"):
+        Evict(0.5, Scorer(), moment="every_step")
+    with pytest.raises(MethodRefusedError, match=r"Scorer cannot score a prompt that is dropped in parts"):
+        Evict(0.5, Scorer(), moment="chunk_end")
     with pytest.raises(MethodRefusedError, match="equal budgets of all heads"):
         Evict(0.5, H2O().parts().scorer, AdaptiveHeads(), "every_step")
+    with pytest.raises(MethodRefusedError, match="single ones are replaced"):
+        Evict(0.5, H2O().parts().scorer, moment="every_step", action=Action())
+    for period in (0, 1.0, -0.5, True, "often"):
+        with pytest.raises(InvalidInputError, match="period"):
+            Evict(0.5, SnapKV().parts().scorer, moment="every_step", period=period)
+    with pytest.raises(InvalidInputError, match="min_prompt"):
+        SnapKV(min_prompt=-1)
     with pytest.raises(InvalidInputError, match="moment: got 'sometimes'"):
         Parts(Scorer(), Uniform(), "sometimes").check("x")
     with pytest.raises(InvalidInputError, match=r"Evict.scorer: got None"):

@@ -102,7 +102,8 @@ def test_uneven_lanes_are_not() -> None:
 
 def test_padded_marks_what_is_there() -> None:
     store, lanes = fresh(random.Random(1), [[2, 5]])
-    keys, _, valid, positions, scores = store.padded()
+    held = store.padded()
+    keys, valid, positions, scores = held.keys, held.valid, held.positions, held.scores
     assert valid.sum(-1).tolist() == [[2, 5]]
     assert scores is not None
     for head, lane in enumerate(lanes):

@@ -48,7 +48,7 @@ def attention_over(base: str) -> Callable[..., AttentionResult]:
         padding = attention_mask.padding if isinstance(attention_mask, LazyMask) else None
         mask = attention_mask.for_base() if isinstance(attention_mask, LazyMask) else attention_mask
         if layer is not None:
-            layer.receive(key)
+            layer.receive(module, query, key)
             mask = layer.short_mask(query, mask, base)
         out = base_attention(base, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         if layer is not None:

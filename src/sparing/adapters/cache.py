@@ -5,49 +5,21 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache, DynamicCache
 
+from sparing.adapters.accounting import CacheReport, bytes_alive
 from sparing.adapters.layers import EvictingLayer
+from sparing.adapters.replaying import Tape, replay
 from sparing.adapters.structure import Structure
-from sparing.core.method import Method
+from sparing.core.method import Method, Parts
 from sparing.core.plan import LayerPlan, Plan
-from sparing.core.scorer import Scorer, standardised
+from sparing.core.scorer import Replay, Scorer, Softmax, standardised
 from sparing.core.token_scores import TokenScores, select
 from sparing.errors import CacheStateError, UnsupportedModelError
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """What a cache holds.
-
-    Attributes:
-        method: the method's name.
-        tokens_seen: tokens of the longest sequence, pads included.
-        bytes_full: what transformers' dynamic cache would hold for the same tokens.
-        bytes_kept: what this cache holds, with slack and bookkeeping.
-        plan: what the last eviction kept; None if none has happened.
-    """
-
-    method: str
-    tokens_seen: int
-    bytes_full: int
-    bytes_kept: int
-    plan: Plan | None
-
-    @property
-    def share(self) -> float:
-        """bytes_kept / bytes_full."""
-        return self.bytes_kept / self.bytes_full if self.bytes_full else 1.0
-
-    def __str__(self) -> str:
-        sizes = f"{self.bytes_kept:,} of {self.bytes_full:,} bytes ({self.share:.1%})"
-        return f"{self.method}: {self.tokens_seen} tokens seen, {sizes} held"
 
 
 class EvictingCache(Cache):
@@ -72,7 +44,10 @@ class EvictingCache(Cache):
         self.plan: Plan | None = None
         self.prompt_length: int | None = None
         self.is_reading = False
+        self.replaying: tuple[Scorer, Replay] | None = None
+        self.tape = Tape()
         self._padding: Tensor | None = None
+        self._notes: tuple[str, ...] = ()
         super().__init__(layers=layers)
 
     # -- the course of events -----------------------------------------------------------------------------------
@@ -90,7 +65,7 @@ class EvictingCache(Cache):
         self.prompt_length, self.is_reading = length, bool(self.scorers)
         for layer in self.evicting:
             if layer.store is not None and layer.store.scores is not None and self.scorers[0].accumulates:
-                layer.states = {self.scorers[0]: layer.store.padded()[4]}
+                layer.states = {self.scorers[0]: layer.store.padded().scores}
 
     def begin_observing(self, query_length: int, padding: Tensor | None) -> None:
         """The first layer is being attended, densely."""
@@ -101,10 +76,14 @@ class EvictingCache(Cache):
             self.is_reading = bool(self.scorers)
 
     def before_update(self, query_length: int) -> None:
-        """New tokens are about to be stored: evict first, if the prompt has been read."""
-        ends_here = self.prompt_length is None and query_length == 1 and self.evicting[0].seen > 0
-        if self.is_due or (ends_here and self.is_reading and self.method is not None):
+        """New tokens are about to be stored: evict first, if the prompt, or a chunk that counts, has been read."""
+        if self.replaying is not None or self.method is None:
+            return
+        has_more = self.evicting[0].seen > 0 and self.is_reading
+        if self.is_due or (has_more and self.prompt_length is None and query_length == 1):
             self.evict()
+        elif has_more and self.method.parts().moment == "chunk_end":
+            self.evict(is_end=False)
 
     def before_row_change(self, rows: Tensor) -> None:
         """Rows are about to be exchanged: what was observed belongs to the old ones, so use it now."""
@@ -115,6 +94,9 @@ class EvictingCache(Cache):
 
     def after_crop(self, seen: int) -> None:
         """Tokens were removed: observations of them must not be used."""
+        self.tape.cut(seen)
+        if self.replaying is not None:
+            return
         if self.is_reading and self.prompt_length is None:
             raise CacheStateError(
                 "tokens were cropped before the prompt had ended, so what was observed of them is wrong",
@@ -124,6 +106,7 @@ class EvictingCache(Cache):
     def after_reset(self) -> None:
         """The cache is empty again."""
         self.plan, self.prompt_length, self.is_reading, self._padding = None, None, False, None
+        self.tape.cut(0)
 
     @property
     def is_due(self) -> bool:
@@ -149,8 +132,11 @@ class EvictingCache(Cache):
 
     # -- evicting -----------------------------------------------------------------------------------------------
 
-    def evict(self) -> None:
-        """Score, spread the budget, and drop, in all layers: the end of the prompt. Called when it is due.
+    def evict(self, *, is_end: bool = True) -> None:
+        """Score, spread the budget, and drop, in all layers. Called when it is due.
+
+        Args:
+            is_end: of the prompt; False after a chunk that others follow.
 
         Raises:
             UnsupportedModelError: a layer's attention never came by. MethodRefusedError: see the scorer.
@@ -165,61 +151,87 @@ class EvictingCache(Cache):
         if self.prompt_length is not None:
             end = min(end, self.prompt_length)
         pads = self._checked_pads(end)
+        if is_end:
+            replay(self, end)
         parts = self.method.parts()
         seen = [end - pad for pad in pads]
-        per_head = [self.method.budget.tokens_per_head(n, self._bytes_per_token()) for n in seen]
+        per_head = [self._tokens_per_head(n) for n in seen]
+        if parts.reader is None:
+            self.plan = Plan(self.method.label, self._drop(parts, end, seen, per_head))
+        else:
+            for layer in self.evicting:
+                layer.check(parts.scorer)
+                layer.start_reading()
+        whole = self.method.budget.kind == "ratio" and max(seen, default=0) < self.method.min_prompt
+        self._notes = (f"nothing dropped: the prompt is shorter than min_prompt={self.method.min_prompt}",) * whole
+        if is_end:
+            self.is_reading, self.prompt_length = False, None
+
+    def _drop(self, parts: Parts, end: int, seen: list[int], per_head: list[int]) -> list[LayerPlan]:
+        """Carry out an eviction; returns what is kept."""
         raw = [layer.scores(parts.scorer, end, per_head) for layer in self.evicting]
         scores = raw if parts.scorer.comparable_across_heads else [_standardised(s) for s in raw]
         counts = parts.allocator.allocate(scores, per_head)
         plans = []
         for layer, layer_scores, layer_raw, layer_counts in zip(self.evicting, scores, raw, counts, strict=True):
-            kept = select(layer_scores, layer_counts)
-            positions = layer.stored_tokens().positions
-            plans.append(
-                LayerPlan(
-                    self.structure.full_layers[layer.number],
-                    tuple(seen),
-                    [
-                        [positions[row, head][slots].sort().values.cpu() for head, slots in enumerate(heads)]
-                        for row, heads in enumerate(kept)
-                    ],
-                )
-            )
-            drops = bool((layer_counts.to(layer_scores.valid.device) < layer_scores.valid.sum(-1)).any())
-            if drops or self.follows_decoding:
-                layer.keep(kept, layer_raw.values, end, self._limits(layer_counts))
-        self.plan = Plan(self.method.label, plans)
-        self.is_reading, self.prompt_length = False, None
-        for layer, layer_raw in zip(self.evicting, raw, strict=True):
-            # Sums over all rows go on in the next turn; the store remembers them where there is one.
-            layer.transformed = None
-            layer.states = {parts.scorer: layer_raw.values} if parts.scorer.accumulates and layer.store is None else {}
+            present = layer_scores.valid.sum(-1).cpu()
+            loses = layer_counts < present
+            kept = select(layer_scores, torch.where(loses, (layer_counts - parts.action.reserve).clamp_min(0), present))
+            if bool(loses.any()) or self.follows_decoding:
+                planned = layer.keep(kept, layer_raw.values, end, self._limits(layer_counts, seen), parts.action)
+            else:
+                positions = layer.stored_tokens().positions.cpu()
+                planned = [[positions[r, h][slots.cpu()] for h, slots in enumerate(row)] for r, row in enumerate(kept)]
+            plans.append(LayerPlan(self.structure.full_layers[layer.number], tuple(seen), planned))
+            layer.transformed, layer.pending = None, []
+            layer.states = self._states_after(layer, parts.scorer, layer_raw.values)
+        return plans
 
-    def _limits(self, counts: Tensor) -> Tensor:
+    def _states_after(self, layer: EvictingLayer, scorer: Scorer, values: Tensor) -> dict[Scorer, Any]:
+        """What a scorer still knows of a layer once tokens have been dropped."""
+        if scorer.accumulates:  # sums over all rows go on; the store remembers them where there is one
+            held = None if layer.store is None else layer.store.padded().scores
+            return {scorer: values if layer.store is None else held}
+        is_asked_again = self.method is not None and self.method.parts().moment != "prefill_end"
+        if is_asked_again and scorer.state_outlives_eviction and scorer in layer.states:
+            return {scorer: layer.states[scorer]}
+        return {}
+
+    def _tokens_per_head(self, seen: int) -> int:
+        assert self.method is not None
+        if self.method.budget.kind == "ratio" and seen < self.method.min_prompt:
+            return seen
+        return self.method.budget.tokens_per_head(seen, self._bytes_per_token())
+
+    def attend_reading(self, layer: EvictingLayer, query: Tensor, softmax: Softmax) -> Tensor:
+        """Attention of a layer that drops nothing and reads a part."""
+        assert self.method is not None
+        assert layer.reading is not None
+        reader = self.method.parts().reader
+        assert reader is not None
+        pads = self.pads(query.shape[0])
+        counts = torch.tensor([self._tokens_per_head(layer.seen - int(pad)) for pad in pads])
+        return layer.reading.attend(query, layer.stored_tokens(), softmax, reader, counts)
+
+    def _limits(self, counts: Tensor, seen: list[int]) -> Tensor:
         """(rows, kv_heads) tokens that may be held while decoding: a ratio fixes them at the prompt's end."""
         assert self.method is not None
         if self.method.budget.kind == "ratio":
-            return counts
+            is_short = counts.new_tensor([n < self.method.min_prompt for n in seen]).bool()[:, None]
+            return torch.where(is_short, self.method.min_prompt, counts)
         endless = torch.iinfo(torch.int64).max
         return torch.full_like(counts, self.method.budget.tokens_per_head(endless, self._bytes_per_token()))
 
     def _checked_pads(self, end: int) -> list[int]:
-        rows = self.evicting[0]
-        count = rows.store.rows if rows.store is not None else int(rows.keys.shape[0])
         if self._padding is not None:
             prompt = self._padding[:, :end].long()
             if bool((prompt.diff(dim=-1) < 0).any()):
                 raise CacheStateError("pads must be on the left of each row", "set tokenizer.padding_side='left'")
-        return [int(pad) for pad in self.pads(count)]
+        return [int(pad) for pad in self.pads(self.evicting[0].rows)]
 
     def _bytes_per_token(self) -> int:
         """Bytes of one token's key and value in all evicting layers together."""
-        total = 0
-        for layer in self.evicting:
-            tensors = (layer.store.keys, layer.store.values) if layer.store is not None else (layer.keys, layer.values)
-            heads = layer.store.kv_heads if layer.store is not None else layer.keys.shape[1]
-            total += sum(heads * t.shape[-1] * t.element_size() for t in tensors)
-        return total
+        return sum(layer.bytes_per_token for layer in self.evicting)
 
     # -- copies and accounting ----------------------------------------------------------------------------------
 
@@ -234,11 +246,16 @@ class EvictingCache(Cache):
         if not method.budget.keeps_all and method.parts().scorer not in self.scorers:
             problem = f"the scorer of {method.label} did not watch the prompt"
             raise CacheStateError(problem, "name the method when making the cache: session.watching_cache([...])")
+        if not method.budget.keeps_all:
+            replay(self, self.evicting[0].seen if self.prompt_length is None else self.prompt_length)
         child = self._copy(method)
         child.is_reading = not method.budget.keeps_all
         child.prompt_length = self.prompt_length
         if child.is_reading:
             child.evict()
+        else:
+            for layer in child.evicting:
+                layer.states = {}
         return child
 
     def clone(self) -> EvictingCache:
@@ -249,27 +266,27 @@ class EvictingCache(Cache):
         child = EvictingCache(self.structure, method, watch=self.scorers if method is self.method else ())
         child.plan, child._padding = self.plan, self._padding
         child.prompt_length, child.is_reading = self.prompt_length, self.is_reading
+        child.tape, child._notes = self.tape.copy(), self._notes
         mine: Any
         new: Any
         for index, (mine, new) in enumerate(zip(self.layers, child.layers, strict=True)):
             if not isinstance(mine, EvictingLayer):
                 child.layers[index] = copy.deepcopy(mine)
                 continue
-            state = {k: v for k, v in mine.__dict__.items() if k not in ("_cache", "number", "store", "states")}
+            state = {
+                k: v for k, v in mine.__dict__.items() if k not in ("_cache", "number", "store", "reading", "states")
+            }
             new.__dict__.update(state)
             new.store = mine.store.clone() if mine.store is not None else None
+            new.reading = mine.reading.clone() if mine.reading is not None else None
+            new.pending = list(mine.pending)
             new.states = {scorer: state for scorer, state in mine.states.items() if scorer in child.scorers}
         return child
 
     @property
     def bytes_kept(self) -> int:
-        """Bytes that this cache holds: every tensor of every layer, slack and bookkeeping included."""
-        total = 0 if self._padding is None else self._padding.nbytes
-        for layer in self.layers:
-            total += _bytes_alive(layer)
-            if isinstance(layer, EvictingLayer) and layer.store is not None:
-                total += layer.store.nbytes
-        return total
+        """Bytes that this cache holds: every tensor of every layer, slack, bookkeeping and observations included."""
+        return bytes_alive(self.layers, self._padding, self.tape.ids)
 
     @property
     def bytes_full(self) -> int:
@@ -278,14 +295,9 @@ class EvictingCache(Cache):
         layer: Any
         for layer in self.layers:
             if not isinstance(layer, EvictingLayer):
-                total += _bytes_alive(layer)
-            elif layer.store is not None:
-                per_slot = layer.store.keys.shape[-1] + layer.store.values.shape[-1]
-                lanes = layer.store.rows * layer.store.kv_heads
-                total += lanes * layer.seen * per_slot * layer.store.keys.element_size()
-            elif layer.keys is not None and layer.keys.numel():
-                per_token = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
-                total += per_token * layer.seen
+                total += bytes_alive(layer)
+            elif layer.is_initialized:
+                total += layer.rows * layer.seen * layer.bytes_per_token
         return total
 
     def report(self) -> CacheReport:
@@ -293,13 +305,11 @@ class EvictingCache(Cache):
         if self.is_reading and self.method is not None and self.evicting[0].states:
             self.evict()
         label = self.method.label if self.method is not None else "full"
-        return CacheReport(label, self.evicting[0].seen, self.bytes_full, self.bytes_kept, self.plan)
-
-
-def _bytes_alive(layer: Any) -> int:
-    """Bytes of the storages behind a layer's tensors: a sliding window may be a view of more than the window."""
-    tensors = [leaf for leaf in pytree.tree_leaves(list(vars(layer).values())) if isinstance(leaf, Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        reading = [layer.reading for layer in self.evicting if layer.reading is not None]
+        there = sum(part.seen for part in reading)
+        share = sum(part.read for part in reading) / there if there else None
+        sizes = self.bytes_full, self.bytes_kept
+        return CacheReport(label, self.evicting[0].seen, *sizes, self.plan, share, self._notes)
 
 
 def _standardised(scores: TokenScores) -> TokenScores:

@@ -7,16 +7,18 @@ import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar, get_args
 
+from sparing.core.actions import Action, Drop
 from sparing.core.allocate import ALLOCATORS, Allocator, Uniform
 from sparing.core.budget import Budget, Keep
+from sparing.core.reader import Reader
 from sparing.core.recipe_text import build, parse_call
 from sparing.core.scorer import Scorer
 from sparing.core.token_scores import Unit
-from sparing.errors import InvalidInputError, MethodRefusedError, UnknownNameError
+from sparing.errors import InvalidInputError, MethodRefusedError, UnknownNameError, require
 
-Moment = Literal["prefill_end", "every_step"]
+Moment = Literal["prefill_end", "chunk_end", "every_step"]
 
 
 @dataclass(frozen=True)
@@ -41,29 +43,49 @@ class Parts:
         scorer: ranks the tokens.
         allocator: spreads the budget over layers and heads.
         moment: "prefill_end": once, after the prompt, and after every later turn; what is decoded stays.
-            "every_step": also after every decoded token, so that the cache stays at its size.
+            "chunk_end": after every chunk of a prompt as well, so that no long prompt is ever held whole.
+            "every_step": also while decoding, so that the cache stays at its size.
+        period: with "every_step", how many tokens are dropped at once: a number, or a share of the budget in (0, 1).
+            A cache never exceeds its size; larger periods let it fall below by so many and drop less often.
+        action: what becomes of tokens that are not kept.
+        reader: nothing is dropped, and every decoded token reads what this chooses; scorer and allocator then only
+            say how much.
     """
 
     scorer: Scorer
     allocator: Allocator
     moment: Moment = "prefill_end"
+    period: int | float = 1
+    action: Action = field(default_factory=Drop)
+    reader: Reader | None = None
 
     def check(self, label: str) -> None:
         """Refuse what is not defined.
 
         Raises:
-            InvalidInputError: unknown moment. MethodRefusedError: the scorer cannot do this.
+            InvalidInputError: unknown moment or period. MethodRefusedError: the scorer cannot do this.
         """
-        if self.moment not in ("prefill_end", "every_step"):
-            raise InvalidInputError("moment", self.moment, '"prefill_end" or "every_step"')
-        if self.moment == "prefill_end":
-            return
+        moments = get_args(Moment)
+        require(self.moment in moments, "moment", self.moment, " or ".join(f'"{name}"' for name in moments))
+        is_share = isinstance(self.period, float) and 0 < self.period < 1
+        is_count = isinstance(self.period, int) and not isinstance(self.period, bool) and self.period >= 1
+        require(is_share or is_count, "period", self.period, "a whole number >= 1, or a share in (0, 1)")
+        if self.moment == "chunk_end" and not (self.scorer.state_outlives_eviction or self.scorer.accumulates):
+            problem = f"{type(self.scorer).__name__} cannot score a prompt that is dropped in parts"
+            raise MethodRefusedError(label, problem, 'use moment="prefill_end"')
+        if self.moment == "every_step":
+            self._check_decoding(label)
+
+    def _check_decoding(self, label: str) -> None:
         fix = 'use moment="prefill_end"'
-        if not self.scorer.follows_decoding:
+        if not (self.scorer.follows_decoding or self.scorer.state_outlives_eviction):
             raise MethodRefusedError(label, f"{type(self.scorer).__name__} cannot follow decoding", fix)
-        if not isinstance(self.allocator, Uniform):
-            problem = "evicting at every step is defined for equal budgets of all heads"
+        if self.scorer.follows_decoding and not isinstance(self.allocator, Uniform):
+            problem = "following every token is defined for equal budgets of all heads"
             raise MethodRefusedError(label, problem, f"{fix} or the uniform allocator")
+        if type(self.action) is not Drop and self.scorer.follows_decoding:
+            problem = f"{type(self.action).__name__} needs tokens in their order, but single ones are replaced here"
+            raise MethodRefusedError(label, problem, fix)
 
 
 @dataclass(frozen=True)
@@ -72,17 +94,20 @@ class Method:
 
     Attributes:
         keep: how much stays: a ratio in (0, 1], tokens per KV head (int), or bytes ("64MiB").
+        min_prompt: a shorter prompt loses nothing, whatever the ratio. (A number of tokens or bytes is kept to always.)
 
     Raises:
         InvalidInputError: `keep` is no budget. MethodRefusedError: a combination that is not defined.
     """
 
     keep: Keep = 0.5
+    min_prompt: int = field(default=32, kw_only=True)
 
     info: ClassVar[MethodInfo | None] = None
 
     def __post_init__(self) -> None:
         Budget.parse(self.keep)
+        require(self.min_prompt >= 0, "min_prompt", self.min_prompt, "a number of tokens >= 0")
         self.parts().check(self.label)
 
     def parts(self) -> Parts:
@@ -107,18 +132,20 @@ class Evict(Method):
     Attributes:
         scorer: ranks the tokens.
         allocator: spreads the budget over layers and heads.
-        moment: see `Parts`.
+        moment, period, action: see `Parts`.
     """
 
     scorer: Scorer | None = None
     allocator: Allocator = field(default_factory=Uniform)
     moment: Moment = "prefill_end"
+    period: int | float = 1
+    action: Action = field(default_factory=Drop)
 
     def parts(self) -> Parts:
         """See `Method.parts`."""
         if self.scorer is None:
             raise InvalidInputError("Evict.scorer", None, "a Scorer")
-        return Parts(self.scorer, self.allocator, self.moment)
+        return Parts(self.scorer, self.allocator, self.moment, self.period, self.action)
 
     @property
     def label(self) -> str:

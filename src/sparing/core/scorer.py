@@ -9,6 +9,7 @@ Shape legend: B rows (sequences), Hq query heads, H KV heads, G = Hq / H, Q quer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -25,6 +26,14 @@ class Rotary(Protocol):
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate`."""
+        ...
+
+
+class OutputProjection(Protocol):
+    """The weights that turn heads' outputs into the layer's output."""
+
+    def weight(self) -> Tensor:
+        """(Hq, Dv, hidden) float32: head h adds its output (Dv,) times weight[h] to the residual stream."""
         ...
 
 
@@ -54,6 +63,8 @@ class KeyValues:
         pads: (B,) int64 left pads per row; `positions - pads` are the model's position ids.
         layer, num_layers: which of the compressed layers this is, and how many there are.
         rotary: the model's rotary embedding; None if the model rotates nothing.
+        bias: (B, H, N) float32 added to a token's logits: log c for a token that stands for c merged ones; None for 0.
+        output: the layer's output projection as it acts on the values of one KV head; None where it has none.
     """
 
     keys: Tensor
@@ -64,6 +75,8 @@ class KeyValues:
     layer: int
     num_layers: int
     rotary: Rotary | None
+    bias: Tensor | None = None
+    output: OutputProjection | None = None
 
     @property
     def true_positions(self) -> Tensor:
@@ -72,8 +85,21 @@ class KeyValues:
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Tokens that are run after the prompt so that a scorer can watch them, and are then taken back.
+
+    Attributes:
+        ids: the tokens. start, end: which real tokens of the prompt the pass is about.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Queries:
-    """The queries of one attention call, all of them prompt tokens.
+    """The queries of one attention call.
 
     Attributes:
         states: (B, Hq, Q, D) after the model's normalisation and rotation.
@@ -97,6 +123,10 @@ class Scorer:
         needs_rotary: True if the model's rotary embedding must be invertible for this scorer.
         follows_decoding: True if `step` is implemented.
         accumulates: True if the scores of one turn are the state that the next turn begins with.
+        state_outlives_eviction: True if the state is of queries, not of stored tokens, so that it stays right when
+            tokens are dropped; such scorers can score again while decoding goes on.
+        replays: True if `replay` and `observe_replay` are implemented.
+        needs_output: True if `stored.output` is used.
         step_needs_attention: True if `step` needs the attention of the new tokens.
     """
 
@@ -104,6 +134,9 @@ class Scorer:
     needs_rotary: ClassVar[bool] = False
     follows_decoding: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
+    state_outlives_eviction: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
+    needs_output: ClassVar[bool] = False
     step_needs_attention: ClassVar[bool] = False
 
     def observe(self, state: Any, queries: Queries, stored: KeyValues) -> Any:
@@ -116,6 +149,14 @@ class Scorer:
             The new state: a tensor, or a tuple or dict of tensors. Nothing in it may be (B, Hq, N, N).
         """
         return None
+
+    def replay(self, ids: Sequence[int]) -> list[Replay]:
+        """What to run after a prompt of these real tokens, for scorers that replay."""
+        raise NotImplementedError
+
+    def observe_replay(self, state: Any, queries: Queries, stored: KeyValues, replay: Replay) -> Any:
+        """Watch the queries of a pass; `stored` holds its own tokens last. Returns the new state."""
+        raise NotImplementedError
 
     def score(self, state: Any, stored: KeyValues) -> Tensor:
         """(B, H, N) float32 scores of the stored tokens, finite where valid."""

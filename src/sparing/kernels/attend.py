@@ -53,9 +53,9 @@ def attend_with_rows(query: Tensor, store: RaggedStore, softmax: Softmax) -> tup
         keys, values = store.lane(lane)
         mask = _causal(count, keys.shape[0], grouped.shape[1] // count, query.device)
         bias = None if store.bias is None else store.bias[store.spans[lane][0] :][: keys.shape[0]]
-        probabilities = _probabilities(grouped[lane], keys, softmax, mask, None if sinks is None else sinks[lane], bias)
-        rows[lane, :, : keys.shape[0]] = probabilities
-        out[lane] = probabilities.to(values.dtype) @ values
+        weights = probabilities(grouped[lane], keys, softmax, mask, None if sinks is None else sinks[lane], bias)
+        rows[lane, :, : keys.shape[0]] = weights
+        out[lane] = weights.to(values.dtype) @ values
     shape = (batch, heads, query_heads // heads, count)
     return out.view(batch, query_heads, count, -1), rows.view(*shape, longest)
 
@@ -111,12 +111,12 @@ def _attend_explicit(grouped: Tensor, store: RaggedStore, softmax: Softmax, coun
         keys, values = keys[: keys.shape[0] - after], values[: values.shape[0] - after]
         mask = _causal(count, keys.shape[0], queries.shape[0] // count, queries.device)
         bias = None if store.bias is None else store.bias[store.spans[lane][0] :][: keys.shape[0]]
-        probabilities = _probabilities(queries, keys, softmax, mask, None if sinks is None else sinks[lane], bias)
-        lanes.append(probabilities.to(values.dtype) @ values)
+        weights = probabilities(queries, keys, softmax, mask, None if sinks is None else sinks[lane], bias)
+        lanes.append(weights.to(values.dtype) @ values)
     return torch.stack(lanes)
 
 
-def _probabilities(
+def probabilities(
     queries: Tensor, keys: Tensor, softmax: Softmax, mask: Tensor | None, sinks: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """(rows, n) attention in at least float32; learned sinks take part in the normalisation only."""

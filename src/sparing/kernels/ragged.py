@@ -19,6 +19,18 @@ MIN_SLACK = 16
 SLACK_SHARE = 1 / 64
 
 
+@dataclass(frozen=True)
+class Padded:
+    """Copies of all lanes, padded to the longest: keys (B, H, N, D), values (B, H, N, Dv), the others (B, H, N)."""
+
+    keys: Tensor
+    values: Tensor
+    valid: Tensor
+    positions: Tensor
+    scores: Tensor | None
+    bias: Tensor | None
+
+
 @dataclass
 class RaggedStore:
     """The tokens of one layer.
@@ -150,17 +162,20 @@ class RaggedStore:
         keys = self.keys.view(*shape, self.keys.shape[-1])
         return keys[:, :, :length], self.values.view(*shape, self.values.shape[-1])[:, :, :length]
 
-    def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Copies padded to the longest lane: keys, values, valid, positions, scores, each (B, H, N, ...)."""
+    def padded(self) -> Padded:
+        """Copies of all lanes, padded to the longest."""
         longest = max(self._length_list)
         slots = torch.arange(longest, device=self.keys.device)
         valid = slots < self.lengths[:, None]
         index = (self.starts[:, None] + slots).masked_fill(~valid, 0)
         shape = (self.rows, self.kv_heads, longest)
-        scores = self.scores[index].masked_fill(~valid, 0.0).view(shape) if self.scores is not None else None
+        scores, bias = (
+            None if buffer is None else buffer[index].masked_fill(~valid, 0.0).view(shape)
+            for buffer in (self.scores, self.bias)
+        )
         positions = self.positions[index].long().view(shape)
         keys, values = self.keys[index].view(*shape, -1), self.values[index].view(*shape, -1)
-        return keys, values, valid.view(shape), positions, scores
+        return Padded(keys, values, valid.view(shape), positions, scores, bias)
 
     def _buffers(self) -> list[Tensor]:
         """Everything that has one entry per stored token."""

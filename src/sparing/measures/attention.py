@@ -87,7 +87,8 @@ def attention_tiles(queries: Queries, stored: KeyValues) -> Iterator[tuple[slice
         if visible and latest[visible - 1] > first:  # some rows of the tile have keys in their future
             may_see = may_see & (stored.positions[:, :, None, :visible] <= positions[:, None])
         logits = logits.view(batch, query_heads, len(positions), visible)
-        yield rows, visible, _softmax(logits, may_see.repeat_interleave(groups, dim=1), queries.softmax)
+        bias = None if stored.bias is None else stored.bias[:, :, None, :visible].repeat_interleave(groups, dim=1)
+        yield rows, visible, _softmax(logits, may_see.repeat_interleave(groups, dim=1), queries.softmax, bias)
 
 
 def attention_rows(call: AttentionCall, rows: slice = slice(None)) -> Tensor:
@@ -120,11 +121,13 @@ def row_tiles(call: AttentionCall, start: int = 0) -> Iterator[tuple[slice, Tens
         yield rows, attention_rows(call, rows)
 
 
-def _softmax(logits: Tensor, may_see: Tensor, softmax: Softmax) -> Tensor:
+def _softmax(logits: Tensor, may_see: Tensor, softmax: Softmax, bias: Tensor | None = None) -> Tensor:
     """Softmax over the visible keys, in place of the logits as far as gradients allow; rows that see nothing are 0."""
     logits = logits.mul_(softmax.scaling)
     if softmax.softcap is not None:
         logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
+    if bias is not None:
+        logits = logits + bias
     logits = logits.masked_fill_(~may_see, -torch.inf)
     if softmax.sinks is not None:
         sinks = softmax.sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)

@@ -64,6 +64,7 @@ CHECKS: dict[str, Check] = {
             "one",
             budgets.check_kept_counts_match_the_budget,
             budgets.check_size_while_decoding,
+            budgets.check_short_prompts_lose_nothing,
             logits.check_bfloat16_error_is_bounded,
             batches.check_generate_in_chunks,
             batches.check_turns_by_hand,

@@ -47,6 +47,7 @@ class ExpectedAttentionScore(Scorer):
     sinks: int = 4
     epsilon: float = 0.0
     needs_rotary: ClassVar[bool] = True
+    state_outlives_eviction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.n_future >= 1, "n_future", self.n_future, "a number of positions >= 1")

@@ -30,6 +30,7 @@ class KeyNorm(Scorer):
 
     recent: int = 16
     comparable_across_heads: ClassVar[bool] = False
+    state_outlives_eviction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.recent >= 0, "recent", self.recent, "a number of tokens >= 0")

@@ -47,6 +47,7 @@ class LeverageScore(Scorer):
     seed: int = 0
     comparable_across_heads: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = True
+    state_outlives_eviction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.sketch >= 0, "sketch", self.sketch, "a width >= 1, or 0 for none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class RandomScore(Scorer):
     """
 
     seed: int = 0
+    state_outlives_eviction: ClassVar[bool] = True
 
     def score(self, state: Any, stored: KeyValues) -> Tensor:
         """See `Scorer.score`."""

@@ -18,7 +18,7 @@ Deviations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -43,6 +43,7 @@ class WindowAttention(Scorer):
     window: int = 32
     kernel_size: int = 5
     pool: Literal["avg", "max"] = "avg"
+    state_outlives_eviction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         is_odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1

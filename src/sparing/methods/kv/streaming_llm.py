@@ -36,6 +36,7 @@ class Recency(Scorer):
 
     sinks: int = 4
     follows_decoding: ClassVar[bool] = True
+    state_outlives_eviction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.sinks >= 0, "sinks", self.sinks, "a number of tokens >= 0")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from transformers.cache_utils import DynamicCache
 
@@ -24,7 +26,7 @@ def check_kept_counts_match_the_budget(make: MethodFactory, name: str) -> None:
     model = tiny_model(name)
     for keep in KEEPS:
         for length in LENGTHS:
-            method = make(keep=keep)
+            method = dataclasses.replace(make(keep=keep), min_prompt=0)
             prompt = random_prompt(length)
             with use(model, method) as session:
                 cache = session.new_cache()
@@ -41,6 +43,19 @@ def check_kept_counts_match_the_budget(make: MethodFactory, name: str) -> None:
             if plan is not None:
                 planned = {layer.layer: layer.kept for layer in plan.layers}
                 _assert_plan_is_held(planned, held, f"keep={keep!r} of {length} tokens")
+
+
+def check_short_prompts_lose_nothing(make: MethodFactory, name: str) -> None:
+    """A prompt shorter than `min_prompt` is kept whole whatever the ratio, and the report says so."""
+    method, model = make(keep=0.1), tiny_model(name)
+    for length, is_whole in ((method.min_prompt - 1, True), (2 * method.min_prompt, False)):
+        with use(model, method) as session:
+            cache = session.new_cache()
+            Driver(model, cache).read(random_prompt(length))
+            report = cache.report()
+        shares = {len(head) / length for rows in held_positions(cache).values() for row in rows for head in row}
+        assert (shares == {1.0}) == is_whole, f"of {length} tokens the heads hold {shares}"
+        assert any("min_prompt" in note for note in report.notes) == is_whole, f"the report says {report.notes}"
 
 
 def _bytes_per_token(full: int, dense: dict[int, list[list[torch.Tensor]]], length: int) -> int:

@@ -58,7 +58,14 @@ def check_fields_are_stored_unchanged(make: MethodFactory) -> None:
 def _rebuilt(method: Method) -> Any:
     names = {name: getattr(sparing, name) for name in sparing.__all__ if not name.startswith("_")}
     parts = method.parts()
-    for part in (method, parts.scorer, parts.allocator, *(getattr(allocate, n) for n in ("Uniform", "Pyramid"))):
+    for part in (
+        method,
+        parts.scorer,
+        parts.allocator,
+        parts.action,
+        parts.reader,
+        *(getattr(allocate, n) for n in ("Uniform", "Pyramid")),
+    ):
         kind = part if isinstance(part, type) else type(part)
         names[kind.__name__] = kind
     return eval(repr(method), names)
