@@ -122,7 +122,10 @@ class EvictingCache(Cache):
     @property
     def remembers_scores(self) -> bool:
         """True if the scores of stored tokens are needed later."""
-        return bool(self.scorers) and self.method is not None and self.scorers[0].follows_decoding
+        if self.method is None:
+            return False
+        parts = self.method.parts()
+        return parts.scorer.accumulates or parts.follows_by_step
 
     def pads(self, rows: int) -> Tensor:
         """(rows,) left pads of every row."""

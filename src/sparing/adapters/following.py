@@ -26,13 +26,15 @@ def attend_and_follow(layer: HoldingLayer, query: Tensor, softmax: Softmax) -> T
     """Attention (B, Hq, q, Dv) over the ragged heads of a layer, which is then brought back to its limits."""
     store = layer.store
     assert store is not None
-    scorer = layer.cache.scorers[0]
+    method, scorer = layer.cache.method, layer.cache.scorers[0]
+    assert method is not None
+    by_step = method.parts().follows_by_step
     rows = None
-    if scorer.follows_decoding and scorer.step_needs_attention:
+    if by_step and scorer.step_needs_attention:
         out, rows = attend_with_rows(query, store, softmax)
     else:
         out = attend(query, store, softmax)
-    if scorer.follows_decoding:
+    if by_step:
         _step(layer, rows)
     else:
         layer.pending.append(query)

@@ -59,6 +59,12 @@ class Parts:
     action: Action = field(default_factory=Drop)
     reader: Reader | None = None
 
+    @property
+    def follows_by_step(self) -> bool:
+        """True if the scorer updates its scores token by token while decoding, instead of scoring again when full."""
+        can_score_again = self.scorer.state_outlives_eviction and type(self.action) is not Drop
+        return self.moment == "every_step" and self.scorer.follows_decoding and not can_score_again
+
     def check(self, label: str) -> None:
         """Refuse what is not defined.
 
@@ -80,10 +86,10 @@ class Parts:
         fix = 'use moment="prefill_end"'
         if not (self.scorer.follows_decoding or self.scorer.state_outlives_eviction):
             raise MethodRefusedError(label, f"{type(self.scorer).__name__} cannot follow decoding", fix)
-        if self.scorer.follows_decoding and not isinstance(self.allocator, Uniform):
+        if self.follows_by_step and not isinstance(self.allocator, Uniform):
             problem = "following every token is defined for equal budgets of all heads"
             raise MethodRefusedError(label, problem, f"{fix} or the uniform allocator")
-        if type(self.action) is not Drop and self.scorer.follows_decoding:
+        if type(self.action) is not Drop and self.follows_by_step:
             problem = f"{type(self.action).__name__} needs tokens in their order, but single ones are replaced here"
             raise MethodRefusedError(label, problem, fix)
 
