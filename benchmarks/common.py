@@ -125,11 +125,13 @@ def decode(model: Any, cache: Any, start: int, count: int, token: Tensor) -> Ten
 def bytes_held(cache: Any) -> int:
     """Bytes of all memory that the tensors in a cache lie in, each piece once: what is really held, views or not."""
     pieces: dict[int, int] = {}
-    for layer in cache.layers:
-        for holder in (layer, getattr(layer, "store", None)):  # sparing keeps its ragged heads in a store
-            for tensor in vars(holder).values() if holder is not None else ():
-                if isinstance(tensor, Tensor):
-                    pieces[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    holders: list[Any] = list(cache.layers)
+    while holders:
+        for value in vars(holders.pop()).values():
+            if isinstance(value, Tensor):
+                pieces[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            elif type(value).__module__.startswith("sparing.kernels"):  # sparing keeps its ragged heads in a store
+                holders.append(value)
     return sum(pieces.values())
 
 

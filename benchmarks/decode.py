@@ -37,6 +37,9 @@ from common import (
 from transformers import DynamicCache, StaticCache
 
 import sparing
+from sparing.core.scorer import Softmax
+from sparing.kernels import native
+from sparing.kernels.attend import attend
 from sparing.methods.kv.random import RandomScore
 
 SPREAD = 1.2  # per-head budgets lie between e^-1.2 and e^1.2 times their (geometric) middle
@@ -81,13 +84,15 @@ def fill(cache: Any, config: Any, tokens: int, dtype: torch.dtype, seed: int) ->
     return cache
 
 
-def evicted(model: Any, keep: float, per_head: bool, tokens: int, dtype: torch.dtype, seed: int) -> Any:
+def evicted(
+    model: Any, keep: float, per_head: bool, bits: int | None, tokens: int, dtype: torch.dtype, seed: int
+) -> Any:
     """A cache that sparing has evicted, with random scores."""
     config = model.config
     heads = config.num_key_value_heads
     weights = [math.exp(SPREAD * (2 * head / (heads - 1) - 1)) for head in range(heads)] * config.num_hidden_layers
     uneven = sparing.Proportional(tuple(weights), floor=0.0, cap=3.0)
-    method = sparing.Evict(keep, RandomScore(seed), uneven if per_head else sparing.Uniform())
+    method = sparing.Evict(keep, RandomScore(seed), uneven if per_head else sparing.Uniform(), bits=bits)
     cache = fill(sparing.use(model, method).new_cache(), config, tokens, dtype, seed)
     for layer in cache.evicting:
         layer.attended = True  # what the attention function notes when a real prompt is read
@@ -111,9 +116,10 @@ def contestants(model: Any, tokens: int, keeps: list[float], dtype: torch.dtype,
         Contestant("static", model, dense(static), False, tokens),
     ]
     for keep in keeps:
-        for kind in ("uniform", "per-head"):
-            cache = evicted(model, keep, kind == "per-head", tokens, dtype, seed)
-            found.append(Contestant(f"sparing {kind} {keep:g}", model, cache, True, tokens))
+        for kind, bits in (("uniform", None), ("per-head", None), ("per-head", 8), ("per-head", 4)):
+            cache = evicted(model, keep, kind == "per-head", bits, tokens, dtype, seed)
+            name = f"sparing {kind} {keep:g}" + (f", {bits} bits" if bits else "")
+            found.append(Contestant(name, model, cache, True, tokens))
     return found
 
 
@@ -125,6 +131,20 @@ def measure(found: list[Contestant], rounds: int, steps: int) -> None:
     for number in range(rounds):
         for contestant in found if number % 2 == 0 else reversed(found):
             contestant.run(steps)
+
+
+def apart(cache: Any, config: Any, dtype: torch.dtype, rounds: int = 15) -> dict[str, float]:
+    """CPU milliseconds that one token takes to append, and to attend to, in all layers of an evicted cache."""
+    shape = (1, config.num_key_value_heads, 1, config.head_dim)
+    new = torch.randn(shape).to(dtype)
+    query = torch.randn(1, config.num_attention_heads, 1, config.head_dim).to(dtype)
+    softmax = Softmax(config.head_dim**-0.5)
+    stores = [layer.store.clone() for layer in cache.evicting]
+    append, attention = [], []
+    for _ in range(rounds):
+        append.append(timed(lambda: [store.append(new, new, 0) for store in stores]))
+        attention.append(timed(lambda: [attend(query, store, softmax) for store in stores]))
+    return {"append_ms": medians(append)["cpu_ms"], "attend_ms": medians(attention)["cpu_ms"]}
 
 
 def summarize(found: list[Contestant], steps: int, bandwidth: float) -> list[dict[str, Any]]:
@@ -146,8 +166,9 @@ def summarize(found: list[Contestant], steps: int, bandwidth: float) -> list[dic
         if added > 0.05 * floor_seconds:
             row["cache_gb_per_s"] = held / added / 1e9
             row["share_of_read_bandwidth"] = held / added / bandwidth
-        if each.name.startswith("sparing per-head"):
-            uniform = by_name[each.name.replace("per-head", "uniform")]
+        if each.attach:
+            row |= apart(each.cache, each.model.config, each.model.dtype)
+            uniform = by_name[each.name.replace("per-head", "uniform").partition(",")[0]]
             row["time_vs_uniform"] = median_ratio(each.times, uniform.times)
         row["rounds"] = [[time.wall, time.cpu] for time in each.times]
         rows.append(row)
@@ -159,11 +180,11 @@ def markdown(contexts: dict[str, list[dict[str, Any]]], result: dict[str, Any]) 
     parts = [
         header_text("Decode time per token", result),
         f"- Model: random Llama, {result['parameters'] / 1e6:.0f}M parameters ({result['size']}), {result['dtype']}; "
-        f"{result['rounds']} rounds of {result['steps']} tokens",
+        f"{result['rounds']} rounds of {result['steps']} tokens; {result['kernel']}",
         f"- Read bandwidth of one thread (best of 7 sums over 256 MiB, CPU time): {result['bandwidth'] / 1e9:.1f} GB/s",
         "- Contexts are random tensors put into the caches, not prefilled; times do not depend on their values",
         "- Speeds are medians of ratios within a round, CPU time unless marked wall; GB/s counts the bytes held over "
-        "the CPU time beyond that of a model without context",
+        "the CPU time beyond that of a model without context; append and attend are CPU ms of one token in all layers",
         "",
     ]
 
@@ -176,13 +197,14 @@ def markdown(contexts: dict[str, list[dict[str, Any]]], result: dict[str, Any]) 
                 row["name"], f"{row['cpu_ms']:.1f}", f"{row['wall_ms']:.1f}", f"{row['bytes'] / 2**20:.1f}",
                 f"{row['bytes_share']:.3f}", f"{row['speed_vs_dynamic']:.2f}", f"{row['speed_vs_dynamic_wall']:.2f}",
                 f"{row['speed_vs_static']:.2f}", number(row, "time_vs_uniform", ".3f"),
+                number(row, "append_ms", ".2f"), number(row, "attend_ms", ".2f"),
                 number(row, "cache_gb_per_s", ".1f"), number(row, "share_of_read_bandwidth", ".0%"),
             ]
             for row in rows
         ]  # fmt: skip
         header = [
             "cache", "CPU ms", "wall ms", "MiB", "share", "× dynamic", "× dynamic (wall)", "× static",
-            "time / uniform", "GB/s", "of read limit",
+            "time / uniform", "append ms", "attend ms", "GB/s", "of read limit",
         ]  # fmt: skip
         parts += [f"## {tokens} tokens", "", table(header, cells), ""]
     return "\n".join(parts)
@@ -220,7 +242,7 @@ def main() -> None:
         "versions": versions("torch", "transformers") | {"sparing": sparing.__version__},
         "command": command(), "seed": args.seed, "date": str(date.today()), "size": args.size, "dtype": args.dtype,
         "parameters": sum(p.numel() for p in model.parameters()), "rounds": args.rounds, "steps": args.steps,
-        "bandwidth": bandwidth, "contexts": contexts,
+        "bandwidth": bandwidth, "contexts": contexts, "kernel": native.status(),
     }  # fmt: skip
     write(args.name, result, markdown(contexts, result))
 

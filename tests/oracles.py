@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparing.core.scorer import KeyValues, Queries, Rotary, Softmax
+from sparing.testing.checks.scoring import one_row, replayed
 
 EPS = 2.0**-24  # half a unit in the last place of a float32 near 1
 
@@ -54,9 +55,14 @@ class Case:
 
     def score(self, scorer, sizes: Iterable[int] | None = None) -> Tensor:
         """What the scorer says after it has watched the prompt, in chunks of the given sizes."""
+        if scorer.replays and self.stored.keys.shape[0] > 1:  # one sequence at a time, as caches do
+            rows = [Case(*one_row(self.queries, self.stored, row)) for row in range(self.stored.keys.shape[0])]
+            return torch.cat([row.score(scorer, sizes) for row in rows])
         state = None
         for queries, stored in self.chunks(sizes or [self.tokens]):
             state = scorer.observe(state, queries, stored)
+        if scorer.replays:
+            state = replayed(scorer, state, self.queries, self.stored)
         return scorer.score(state, self.stored)
 
     def alone(self, row: int) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,12 +14,14 @@ from sparing import TOVA, Evict, Knorm, SnapKV
 from sparing.adapters.attach import Attachment
 from sparing.adapters.cache import EvictingCache
 from sparing.adapters.layers import EvictingLayer
+from sparing.core.actions import Action, Folded
 from sparing.core.allocate import Uniform
 from sparing.core.budget import round_to_total
 from sparing.core.method import Method, Parts
 from sparing.core.scorer import Scorer
 from sparing.errors import SparingError, UnsupportedModelError
 from sparing.kernels.ragged import RaggedStore
+from sparing.methods.kv.ems import Merge
 from sparing.session import Session
 from sparing.testing import CHECKS, check_method, run_check
 from sparing.testing.checks import refusals
@@ -85,6 +88,32 @@ class PunishesHighScores:
         return result
 
 
+@dataclass(frozen=True)
+class MixesHeads(Action):
+    """Every head gets the mean value of all heads."""
+
+    is_exact: ClassVar[bool] = False
+
+    def apply(self, kept, stored, scores):
+        values = stored.values.mean(1, keepdim=True).expand_as(stored.values)
+        return Folded(kept, stored.keys, values, stored.bias, stored.positions)
+
+
+@dataclass(frozen=True)
+class StandsForAll(Action):
+    """Every stored token claims to stand for half of the sequence."""
+
+    is_exact: ClassVar[bool] = False
+
+    def apply(self, kept, stored, scores):
+        bias = (stored.valid.sum(-1, keepdim=True) / 2).log().expand_as(scores).float().clone()
+        return Folded(kept, stored.keys, stored.values, bias, stored.positions)
+
+
+def acting(action: Action) -> Callable[..., Method]:
+    return lambda *, keep: Evict(keep=keep, scorer=Knorm().parts().scorer, action=action)
+
+
 def using(scorer: type[Scorer]) -> Callable[..., Method]:
     return lambda *, keep: Evict(keep=keep, scorer=scorer())
 
@@ -119,6 +148,11 @@ def never_keeps_all(*, keep):
 def grows_while_decoding(patch):
     limits = EvictingCache._limits
     patch.setattr(EvictingCache, "_limits", lambda self, counts, seen: limits(self, counts, seen) + 100)
+
+
+def forgets_what_ends_a_chunk(patch):
+    evict = EvictingCache.evict
+    patch.setattr(EvictingCache, "evict", lambda self, *, is_end=True: evict(self) if is_end else None)
 
 
 def harms_short_prompts(patch):
@@ -246,10 +280,14 @@ SPECIMENS: dict[str, tuple[Callable[..., Method], Callable[[Any], None]]] = {
         lambda *, keep: Evict(keep, Knorm(recent=0).parts().scorer, PunishesHighScores()),
         nothing,
     ),
+    "actions_stay_in_their_head": (acting(MixesHeads()), nothing),
     "wrong_budgets_are_refused": (forgiving, nothing),
     "unsupported_models_are_refused": (SnapKV, takes_any_model),
     "kept_counts_match_the_budget": (lambda *, keep: Evict(keep, Knorm().parts().scorer, OneTooMany()), nothing),
+    "weights_are_counts": (acting(StandsForAll()), nothing),
     "size_while_decoding": (TOVA, grows_while_decoding),
+    "chunks_bound_memory": (SnapKV, forgets_what_ends_a_chunk),
+    "any_scorer_decodes_at_its_size": (SnapKV, grows_while_decoding),
     "short_prompts_lose_nothing": (SnapKV, harms_short_prompts),
     "bfloat16_error_is_bounded": (SnapKV, careless_attention),
     "generate_in_chunks": (SnapKV, never_waits_for_the_prompt),
@@ -286,6 +324,37 @@ def test_check_goes_red(name, monkeypatch):
     break_something(monkeypatch)
     with pytest.raises(AssertionError):
         run_check(CHECKS[name], make)
+
+
+def forgets_the_bias(patch):
+    from sparing.adapters import layers
+
+    attend = layers.attend
+
+    def careless(query, store, softmax):
+        light = copy.copy(store)
+        light.bias = None
+        return attend(query, light, softmax)
+
+    patch.setattr(layers, "attend", careless)
+
+
+def test_a_forgotten_bias_is_not_faithful(monkeypatch):
+    """Where tokens were merged, the reference holds what is held, biases included."""
+    make = acting(Merge(threshold=0.0, mass=1.0))
+    run_check(CHECKS["output_is_faithful"], make)
+    forgets_the_bias(monkeypatch)
+    with pytest.raises(AssertionError, match="logits at call 1: differs"):
+        run_check(CHECKS["output_is_faithful"], make)
+
+
+def test_an_action_that_counts_all_must():
+    class CountsAll(Merge):
+        counts_all: ClassVar[bool] = True
+
+    run_check(CHECKS["weights_are_counts"], acting(Merge(threshold=2.0)))
+    with pytest.raises(AssertionError, match="stands for"):
+        run_check(CHECKS["weights_are_counts"], acting(CountsAll(threshold=2.0)))
 
 
 def test_an_undeclared_refusal_goes_red():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import transformers
 from packaging import version
 
+from sparing import H2O, AdaKV, SnapKV, StreamingLLM, ThinK
 from sparing.adapters.structure import read_structure
 from sparing.core.method import methods
 from sparing.errors import UnsupportedModelError
+from sparing.kernels import compact
 from sparing.testing import CHECKS, TINY_MODELS, DeclaredRefusal, run_check, tiny_model
 from sparing.testing.contract import models_for
 
@@ -41,6 +45,36 @@ def test_method_keeps_promise(method, check, model):
         pytest.skip(UNSUPPORTED[model])
     try:
         run_check(check, METHODS[method].recipe, model)
+    except DeclaredRefusal as refusal:
+        pytest.skip(str(refusal))
+
+
+CODED = {
+    "snapkv 8 bits": partial(SnapKV, bits=8),
+    "adakv 4 bits": partial(AdaKV, bits=4),
+    "h2o 8 bits": partial(H2O, bits=8),
+    "streaming_llm 4 bits": partial(StreamingLLM, bits=4),
+    "think": ThinK,
+    "think 8 bits": partial(ThinK, bits=8),
+}
+CODED_CASES = [
+    pytest.param(make, check, model, id=f"{name}-{check.name}-{model}")
+    for name, make in CODED.items()
+    for check in CHECKS.values()
+    if check.models != "none"
+    for model in models_for(check, ("llama", "gpt2", "gpt_oss", "gemma3", "deepseek_v3"))
+]
+
+
+@pytest.mark.parametrize(("make", "check", "model"), CODED_CASES)
+def test_codes_keep_promise(make, check, model, monkeypatch):
+    if model in UNSUPPORTED:
+        pytest.skip(UNSUPPORTED[model])
+    # Tiny prompts: with pages and windows of the usual size nothing would become codes.
+    monkeypatch.setattr(compact, "PAGE", 8)
+    monkeypatch.setattr(compact, "RECENT", 2)
+    try:
+        run_check(check, make, model)
     except DeclaredRefusal as refusal:
         pytest.skip(str(refusal))
 

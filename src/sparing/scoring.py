@@ -15,6 +15,7 @@ import transformers
 import sparing
 from sparing.adapters.lens import ModelLens
 from sparing.core.head_scorer import HeadScorer, Run, StopRule, finish, parse_scorer
+from sparing.core.measured import needed_by
 from sparing.core.scores import Scores
 from sparing.errors import InvalidInputError, require
 from sparing.tasks import passkeys, probes, ranking_probes
@@ -92,6 +93,40 @@ def score(
     finally:
         model.train(was_training)
     return finish(scorer, lens, measured, _described(kind, run, made, length), environment=_environment())
+
+
+def calibrate(
+    model: Any,
+    method: str,
+    tokenizer: Any,
+    *,
+    samples: int = 16,
+    length: int = 512,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: Callable[[int, int, str], None] | None = None,
+    name: str | None = None,
+) -> tuple[Scores, ...]:
+    """Measure what a registered method needs to know of a model, on data made offline.
+
+    Example:
+        >>> gates = sparing.calibrate(model, "duo", tokenizer)
+        >>> with sparing.use(model, sparing.DuoAttention(keep=0.5, scores=gates)) as session:
+        ...     model.generate(**inputs)
+
+    Args:
+        method: its registered name. All others: see `score`.
+
+    Raises:
+        UnknownNameError: no such method. InvalidInputError: it needs no measurement; and see `score`.
+    """
+    return tuple(
+        score(
+            model, scorer, tokenizer, samples=samples, length=length, seed=seed, batch_size=batch_size,
+            progress=progress, name=name,
+        )
+        for scorer in needed_by(method)
+    )  # fmt: skip
 
 
 def _described(kind: str, run: Run, made: bool, length: int) -> dict[str, Any]:

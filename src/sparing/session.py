@@ -9,17 +9,19 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from sparing.adapters.accounting import CacheReport
 from sparing.adapters.attach import Attachment
 from sparing.adapters.attention import CACHING
-from sparing.adapters.accounting import CacheReport
 from sparing.adapters.cache import EvictingCache
 from sparing.adapters.handles import take_updated_layer
+from sparing.adapters.lens import ModelLens
 from sparing.adapters.structure import read_structure
 from sparing.core.method import Method
-from sparing.errors import CacheStateError, InvalidInputError, MethodRefusedError
+from sparing.errors import CacheStateError, InvalidInputError, MethodRefusedError, require
 
 
 class Session:
@@ -39,6 +41,7 @@ class Session:
         if not isinstance(method, Method):
             raise InvalidInputError("method", method, "a method, e.g. sparing.SnapKV(keep=0.25)")
         self.structure = read_structure(model)
+        check_measurements(model, [method])
         self.model, self.method = model, method
         self.cache: EvictingCache | None = None
         self._attachment: Attachment | None = None
@@ -73,6 +76,8 @@ class Session:
 
     def _equipped(self, cache: EvictingCache) -> EvictingCache:
         """The cache, able to run more tokens for scorers that replay the prompt."""
+        for scorer in cache.scorers:
+            scorer.meet(self.model)
         model = weakref.ref(self.model)
 
         def run(**inputs: Any) -> None:
@@ -81,6 +86,50 @@ class Session:
             alive(**inputs)
 
         cache.tape.run = run
+        return cache
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor,
+        chunk_size: int = 1024,
+        attention_mask: Tensor | None = None,
+        cache: EvictingCache | None = None,
+    ) -> EvictingCache:
+        """Read a context in chunks and compress it, before any question is known.
+
+        With a method at `moment="chunk_end"` no more than the budget and one chunk is ever held.
+
+        Example:
+            >>> cache = session.prefill(context_ids, chunk_size=512)
+            >>> model.generate(torch.cat([context_ids, question_ids], dim=1), past_key_values=cache)
+
+        Args:
+            input_ids: (B, n) all tokens so far, as `generate` takes them; what the cache has read is left out.
+            chunk_size: tokens read at a time.
+            attention_mask: (B, n), 0 for pads on the left.
+            cache: one that holds earlier turns; a new one by default.
+
+        Returns:
+            The cache, compressed. `generate` goes on from it with at least one more token.
+
+        Raises:
+            InvalidInputError: nothing to read, or `chunk_size` is no number of tokens.
+        """
+        require(chunk_size >= 1, "chunk_size", chunk_size, "a number of tokens >= 1")
+        cache = cache or self.new_cache()
+        read, length = cache.get_seq_length(), input_ids.shape[1]
+        require(read < length, "input_ids", f"{length} tokens", f"more than the {read} that the cache has read")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        cache.expect_prompt(length)
+        for start in range(read, length, chunk_size):
+            end = min(start + chunk_size, length)
+            self.model(
+                input_ids=input_ids[:, start:end], attention_mask=mask[:, :end], position_ids=positions[:, start:end],
+                past_key_values=cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+        cache.report()
         return cache
 
     def watching_cache(self, methods: Iterable[Method]) -> EvictingCache:
@@ -145,6 +194,9 @@ class Session:
         if prompt is None:
             prompt = kwargs.get("inputs_embeds")
         if isinstance(prompt, Tensor):
+            read = past.get_seq_length()
+            new = "more tokens than the cache has read"
+            require(prompt.shape[1] > read or not read, "inputs", f"{prompt.shape[1]} tokens, {read} of them read", new)
             past.expect_prompt(prompt.shape[1])
         return generate(*args, **kwargs)
 
@@ -167,6 +219,19 @@ class Session:
             raise InvalidInputError("cache_implementation", got, "nothing: the session brings its own cache")
 
 
+def check_measurements(model: nn.Module, methods: Iterable[Method]) -> None:
+    """Refuse what was measured on a model of another shape. (Runs two tokens, if anything was measured.)
+
+    Raises:
+        ScoresMismatchError: architecture, layers or heads differ.
+    """
+    measured = {scores for method in methods for scores in method.measurements}
+    if measured:
+        identity = ModelLens(model).identity
+        for scores in measured:
+            scores.check_model(identity)
+
+
 def use(model: nn.Module, method: Method) -> Session:
     """Compress the caches of a model inside a `with` block.
 
@@ -181,5 +246,6 @@ def use(model: nn.Module, method: Method) -> Session:
 
     Raises:
         InvalidInputError: not a method. UnsupportedModelError: not a model with the seams that are needed.
+        ScoresMismatchError: what the method knows was measured on a model of another shape.
     """
     return Session(model, method)

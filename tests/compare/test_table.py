@@ -224,3 +224,35 @@ def test_names_are_not_read_as_markup() -> None:
     text = table(rows, 120)
     assert "[red]a[/red]" in text
     assert "[bold]x" in text
+
+
+def readers(*methods: tuple[str, float | None], keep: float = 0.25) -> list[dict[str, Any]]:
+    """Methods that hold everything and read a share (None: one that frees memory instead)."""
+    rows = BASE[:2]
+    for name, share in methods:
+        more: dict[str, Any] = {} if share is None else {"bytes_kept": 1000, "read_share": share}
+        rows = [*rows, *(row(name, task, 0.9, keep=keep, **more) for task in "ab")]
+    return rows
+
+
+def test_what_is_read_has_a_column_of_its_own_and_bytes_stay_what_they_are() -> None:
+    rows = readers(("quest", 0.255), ("x", None))
+    ends = [line.split("@512")[-1].split() for line in table(rows, 140).splitlines() if "@512 " in line]
+    assert ["100", "%", "26", "%"] in [end[:4] for end in ends]  # quest
+    assert ["25", "%", "all"] in [end[:3] for end in ends]  # x
+    assert ["100", "%", "all"] in [end[:3] for end in ends]  # full
+    assert "of it" in table(rows, 140)
+    assert "of it" not in table([*BASE, row("x", "a", 0.9)], 140)
+    entry = one(rows).of("quest")[0]
+    assert (entry.share, entry.read) == (1.0, 0.255)
+
+
+def test_a_method_that_frees_nothing_is_said_not_to_be_even() -> None:
+    text = said(readers(("quest", 0.25), ("x", None)))
+    assert "not an even comparison: quest frees no memory and only reads less" in text
+    assert "not an even" not in said(readers(("quest", 0.25), ("refreshkv", 0.4)))
+    assert "quest and refreshkv free no memory and only read less" in said(
+        readers(("quest", 0.25), ("refreshkv", 0.4), ("x", None))
+    )
+    rows = [*readers(("quest", 0.25), ("x", None)), *(row("y", t, 0.9, bytes_kept=400) for t in "ab")]
+    assert "quest kept 100 % of the bytes, x 25 %" in said(rows)  # and the others are not even, either

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparing.core.allocate import AdaptiveHeads, GlobalTopK, Proportional, Pyramid, Uniform
+from sparing.core.allocate_heads import FullHeads, FullHeadsByLayer, WeightedHeads, WeightedLayers
 from sparing.core.token_scores import TokenScores, select
 from sparing.errors import InvalidInputError
 
@@ -21,6 +22,7 @@ def layer(lengths: list[list[int]], seed: int = 0, guarded: int = 0) -> TokenSco
 
 
 HEADS = [4, 1, 2]  # layers may differ in KV heads
+IMPORTANCES = ((0.1, 0.9, -1.0, 0.0), (0.5,), (0.9, 0.2))
 ALLOCATORS = {
     "uniform": Uniform(),
     "pyramid": Pyramid(20, 3),
@@ -31,6 +33,11 @@ ALLOCATORS = {
     "competition": AdaptiveHeads(0.0),
     "global": GlobalTopK(),
     "global_floor": GlobalTopK(0.3),
+    "full_heads": FullHeads(IMPORTANCES, 3),
+    "two_full_heads": FullHeads(IMPORTANCES, 0, 2),
+    "full_by_layer": FullHeadsByLayer(0.75, 0.25),
+    "weighted_heads": WeightedHeads(IMPORTANCES, 2, 0.1),
+    "weighted_layers": WeightedLayers((0.1, 2.0, 0.0), 3, 2.0),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from sparing.adapters.replaying import Tape, replay
 from sparing.adapters.structure import Structure
 from sparing.core.method import Method, Parts
 from sparing.core.plan import LayerPlan, Plan
-from sparing.core.scorer import Replay, Scorer, Softmax, standardised
-from sparing.core.token_scores import TokenScores, select
+from sparing.core.scorer import Replay, Scorer, standardised
+from sparing.core.token_scores import TokenScores
 from sparing.errors import CacheStateError, UnsupportedModelError
 
 
@@ -46,6 +47,7 @@ class EvictingCache(Cache):
         self.is_reading = False
         self.replaying: tuple[Scorer, Replay] | None = None
         self.tape = Tape()
+        self.to_read: tuple[int, list[Tensor]] = (0, [])  # tokens seen, and what each head of each layer then reads
         self._padding: Tensor | None = None
         self._notes: tuple[str, ...] = ()
         super().__init__(layers=layers)
@@ -58,21 +60,26 @@ class EvictingCache(Cache):
         Everything up to there is read before anything is dropped, in however many chunks; tokens beyond it are
         never dropped with the prompt. Without this the prompt ends at the first forward of a single token.
         """
-        if self.method is not None and self.method.budget.keeps_all:
+        if self.method is not None and self.method.keeps_all:
             return
         if self.is_due:  # an earlier turn ended with its prompt: it must not wait for this one
             self.evict()
         self.prompt_length, self.is_reading = length, bool(self.scorers)
+        scores_again = self.method is not None and self.method.parts().scores_again
         for layer in self.evicting:
+            if scores_again and layer.states:
+                continue  # what was observed since the cache was last full counts for this turn
             if layer.store is not None and layer.store.scores is not None and self.scorers[0].accumulates:
-                layer.states = {self.scorers[0]: layer.store.padded().scores}
+                layer.states = {self.scorers[0]: layer.store.bookkeeping().scores}
+            elif layer.reading is not None:
+                layer.states = {self.scorers[0]: layer.reading.state}
 
     def begin_observing(self, query_length: int, padding: Tensor | None) -> None:
         """The first layer is being attended, densely."""
         if padding is not None and not bool(padding.all()):
             self._padding = padding
         first_prompt = self.plan is None and self.prompt_length is None and query_length > 1
-        if first_prompt and not (self.method is not None and self.method.budget.keeps_all):
+        if first_prompt and not (self.method is not None and self.method.keeps_all):
             self.is_reading = bool(self.scorers)
 
     def before_update(self, query_length: int) -> None:
@@ -91,6 +98,7 @@ class EvictingCache(Cache):
             self.evict()
         if self._padding is not None:
             self._padding = self._padding[rows.to(self._padding.device)]
+        self.to_read = (0, [])
 
     def after_crop(self, seen: int) -> None:
         """Tokens were removed: observations of them must not be used."""
@@ -107,6 +115,7 @@ class EvictingCache(Cache):
         """The cache is empty again."""
         self.plan, self.prompt_length, self.is_reading, self._padding = None, None, False, None
         self.tape.cut(0)
+        self.to_read = (0, [])
 
     @property
     def is_due(self) -> bool:
@@ -117,7 +126,8 @@ class EvictingCache(Cache):
     @property
     def follows_decoding(self) -> bool:
         """True if tokens are dropped at every step."""
-        return self.method is not None and self.method.parts().moment == "every_step"
+        method = self.method
+        return method is not None and method.parts().moment == "every_step" and not method.budget.keeps_all
 
     @property
     def remembers_scores(self) -> bool:
@@ -155,32 +165,49 @@ class EvictingCache(Cache):
             end = min(end, self.prompt_length)
         pads = self._checked_pads(end)
         if is_end:
-            replay(self, end)
+            replay(self, self.scorers[0], end)
         parts = self.method.parts()
         seen = [end - pad for pad in pads]
         per_head = [self._tokens_per_head(n) for n in seen]
         if parts.reader is None:
             self.plan = Plan(self.method.label, self._drop(parts, end, seen, per_head))
         else:
-            for layer in self.evicting:
-                layer.check(parts.scorer)
-                layer.start_reading()
-        whole = self.method.budget.kind == "ratio" and max(seen, default=0) < self.method.min_prompt
-        self._notes = (f"nothing dropped: the prompt is shorter than min_prompt={self.method.min_prompt}",) * whole
+            counts = parts.allocator.allocate(self._scores(parts, end, per_head)[1], per_head)
+            for layer, weights in zip(self.evicting, counts, strict=True):
+                layer.start_reading(parts.reader, parts.scorer, weights)
+            self.to_read = (0, [])
+        self._notes = self._remarks(parts, max(seen, default=0))
         if is_end:
             self.is_reading, self.prompt_length = False, None
 
+    def _remarks(self, parts: Parts, seen: int) -> tuple[str, ...]:
+        assert self.method is not None
+        notes = []
+        if self.method.budget.kind == "ratio" and seen < self.method.min_prompt:
+            notes.append(f"nothing dropped: the prompt is shorter than min_prompt={self.method.min_prompt}")
+        zeros, numbers = (sum(counts) for counts in zip(*(layer.zeros for layer in self.evicting), strict=True))
+        if numbers:
+            notes.append(f"nothing freed: of the differences that stand for its keys, {zeros / numbers:.1%} are zero")
+        return tuple(notes)
+
+    def _scores(self, parts: Parts, end: int, per_head: list[int]) -> tuple[list[TokenScores], list[TokenScores]]:
+        """Of every layer: the scores as the scorer gives them, and as heads compete by them."""
+        raw = [layer.scores(parts.scorer, end, per_head) for layer in self.evicting]
+        return raw, raw if parts.scorer.comparable_across_heads else [_standardised(s) for s in raw]
+
     def _drop(self, parts: Parts, end: int, seen: list[int], per_head: list[int]) -> list[LayerPlan]:
         """Carry out an eviction; returns what is kept."""
-        raw = [layer.scores(parts.scorer, end, per_head) for layer in self.evicting]
-        scores = raw if parts.scorer.comparable_across_heads else [_standardised(s) for s in raw]
+        method = self.method
+        assert method is not None
+        raw, scores = self._scores(parts, end, per_head)
         counts = parts.allocator.allocate(scores, per_head)
         plans = []
         for layer, layer_scores, layer_raw, layer_counts in zip(self.evicting, scores, raw, counts, strict=True):
             present = layer_scores.valid.sum(-1).cpu()
             loses = layer_counts < present
-            kept = select(layer_scores, torch.where(loses, (layer_counts - parts.action.reserve).clamp_min(0), present))
-            if bool(loses.any()) or self.follows_decoding:
+            wanted = torch.where(loses, (layer_counts - parts.action.reserve).clamp_min(0), present)
+            kept = layer.select(parts.scorer, layer_scores, wanted)
+            if bool(loses.any()) or self.follows_decoding or method.is_compact:
                 planned = layer.keep(kept, layer_raw.values, end, self._limits(layer_counts, seen), parts.action)
             else:
                 positions = layer.stored_tokens().positions.cpu()
@@ -193,7 +220,7 @@ class EvictingCache(Cache):
     def _states_after(self, layer: EvictingLayer, scorer: Scorer, values: Tensor) -> dict[Scorer, Any]:
         """What a scorer still knows of a layer once tokens have been dropped."""
         if scorer.accumulates:  # sums over all rows go on; the store remembers them where there is one
-            held = None if layer.store is None else layer.store.padded().scores
+            held = None if layer.store is None else layer.store.bookkeeping().scores
             return {scorer: values if layer.store is None else held}
         is_asked_again = self.method is not None and self.method.parts().moment != "prefill_end"
         if is_asked_again and scorer.state_outlives_eviction and scorer in layer.states:
@@ -206,24 +233,15 @@ class EvictingCache(Cache):
             return seen
         return self.method.budget.tokens_per_head(seen, self._bytes_per_token())
 
-    def attend_reading(self, layer: EvictingLayer, query: Tensor, softmax: Softmax) -> Tensor:
-        """Attention of a layer that drops nothing and reads a part."""
-        assert self.method is not None
-        assert layer.reading is not None
-        reader = self.method.parts().reader
-        assert reader is not None
-        pads = self.pads(query.shape[0])
-        counts = torch.tensor([self._tokens_per_head(layer.seen - int(pad)) for pad in pads])
-        return layer.reading.attend(query, layer.stored_tokens(), softmax, reader, counts)
-
     def _limits(self, counts: Tensor, seen: list[int]) -> Tensor:
         """(rows, kv_heads) tokens that may be held while decoding: a ratio fixes them at the prompt's end."""
         assert self.method is not None
         if self.method.budget.kind == "ratio":
             is_short = counts.new_tensor([n < self.method.min_prompt for n in seen]).bool()[:, None]
             return torch.where(is_short, self.method.min_prompt, counts)
-        endless = torch.iinfo(torch.int64).max
-        return torch.full_like(counts, self.method.budget.tokens_per_head(endless, self._bytes_per_token()))
+        most = self.method.budget.tokens_per_head(torch.iinfo(torch.int64).max, self._bytes_per_token())
+        is_full = counts.new_tensor([n >= most for n in seen]).bool()[:, None]
+        return torch.where(is_full, counts, most)  # what the allocator has given; before that, the same for all
 
     def _checked_pads(self, end: int) -> list[int]:
         if self._padding is not None:
@@ -246,13 +264,14 @@ class EvictingCache(Cache):
         """
         if any(layer.is_compressed for layer in self.evicting):
             raise CacheStateError("only a cache that has dropped nothing can be forked")
-        if not method.budget.keeps_all and method.parts().scorer not in self.scorers:
+        if not method.keeps_all and method.parts().scorer not in self.scorers:
             problem = f"the scorer of {method.label} did not watch the prompt"
             raise CacheStateError(problem, "name the method when making the cache: session.watching_cache([...])")
-        if not method.budget.keeps_all:
-            replay(self, self.evicting[0].seen if self.prompt_length is None else self.prompt_length)
+        if not method.keeps_all:
+            seen = self.evicting[0].seen
+            replay(self, method.parts().scorer, seen if self.prompt_length is None else min(seen, self.prompt_length))
         child = self._copy(method)
-        child.is_reading = not method.budget.keeps_all
+        child.is_reading = not method.keeps_all
         child.prompt_length = self.prompt_length
         if child.is_reading:
             child.evict()
@@ -289,7 +308,7 @@ class EvictingCache(Cache):
     @property
     def bytes_kept(self) -> int:
         """Bytes that this cache holds: every tensor of every layer, slack, bookkeeping and observations included."""
-        return bytes_alive(self.layers, self._padding, self.tape.ids)
+        return bytes_alive(self.layers, self._padding, self.tape.ids, self.to_read)
 
     @property
     def bytes_full(self) -> int:
@@ -316,4 +335,4 @@ class EvictingCache(Cache):
 
 
 def _standardised(scores: TokenScores) -> TokenScores:
-    return TokenScores(standardised(scores.values, scores.valid), scores.valid, scores.guard)
+    return replace(scores, values=standardised(scores.values, scores.valid))

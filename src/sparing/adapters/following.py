@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from sparing.core.budget import share_of
-from sparing.core.scorer import Queries, Softmax
+from sparing.core.scorer import KeyValues, Queries, Softmax
 from sparing.core.token_scores import TokenScores, guard_ends, select
 from sparing.errors import CacheStateError
 from sparing.kernels.attend import attend, attend_with_rows
-from sparing.kernels.ragged import RaggedStore
 
 if TYPE_CHECKING:
     from sparing.adapters.holding import HoldingLayer
+
+# Queries that wait to be shown to a scorer: few, since they are held beside the cache.
+PENDING = 32
 
 
 def attend_and_follow(layer: HoldingLayer, query: Tensor, softmax: Softmax) -> Tensor:
@@ -40,6 +42,8 @@ def attend_and_follow(layer: HoldingLayer, query: Tensor, softmax: Softmax) -> T
         layer.pending.append(query)
         if int((store.lengths - _limits(layer)).max()) > 0:
             _score_again(layer, softmax)
+        elif sum(states.shape[2] for states in layer.pending) >= PENDING:
+            show_pending(layer, softmax, layer.seen)
     layer.tail = 0
     return out
 
@@ -66,15 +70,12 @@ def _step(layer: HoldingLayer, rows: Tensor | None) -> None:
     """Let the scorer follow the new tokens, and drop what exceeds the limits."""
     store, scorer = layer.store, layer.cache.scorers[0]
     assert store is not None
-    assert store.scores is not None
-    device = store.keys.device
-    slots = torch.arange(int(store.lengths.max()), device=device)
-    # Lanes may differ in length (padded batches), so this works on a padded view of the bookkeeping only.
-    valid = (slots < store.lengths[:, None]).view(store.rows, store.kv_heads, -1)
-    index = (store.starts[:, None] + slots).view_as(valid).masked_fill(~valid, 0)
-    positions = store.positions[index].long()
-    values = scorer.step(store.scores[index], rows, positions)
-    store.scores[index[valid]] = values[valid]
+    # Lanes may differ in length (padded batches), so this works on a padded copy, without keys and values.
+    known = store.bookkeeping()
+    assert known.scores is not None
+    valid, positions = known.valid, known.positions
+    values = scorer.step(known.scores, rows, positions)
+    store.write_scores(values)
     excess = store.lengths - _limits(layer)
     if int(excess.max()) <= 0:
         return
@@ -84,31 +85,37 @@ def _step(layer: HoldingLayer, rows: Tensor | None) -> None:
         # A decoded token: one slot per lane changes, nothing is copied.
         store.drop_one(_worst(scores).flatten(), excess == 1)
         return
-    held = store.padded()
     kept = select(scores, torch.where(excess > 0, targets, store.lengths).view(store.rows, -1))
-    layer.store = RaggedStore.pack(kept, held.keys, held.values, positions, values, held.bias)
+    layer.store = store.select(kept, values)
 
 
-def _score_again(layer: HoldingLayer, softmax: Softmax) -> None:
-    """Show the scorer the queries since the last time, score what is stored, and drop down to the targets."""
-    store, scorer, cache = layer.store, layer.cache.scorers[0], layer.cache
-    assert store is not None
-    assert cache.method is not None
+def show_pending(layer: HoldingLayer, softmax: Softmax, end: int) -> KeyValues:
+    """Show the scorer the queries since the last time, up to position `end`; returns what is stored."""
+    scorer, stored = layer.cache.scorers[0], layer.stored_tokens()
     states = torch.cat(layer.pending, dim=2)
     layer.pending = []
     count = states.shape[2]
-    positions = torch.arange(layer.seen - count, layer.seen, device=states.device)
+    positions = torch.arange(end - count, end, device=states.device)
     valid = torch.ones(states.shape[0], count, dtype=torch.bool, device=states.device)
-    stored = layer.stored_tokens()
-    state = layer.states[scorer] = scorer.observe(
-        layer.states.get(scorer), Queries(states, positions, valid, softmax), stored
-    )
-    values = scorer.score(state, stored).float()
+    queries = Queries(states, positions, valid, softmax)
+    layer.states[scorer] = scorer.observe(layer.states.get(scorer), queries, stored)
+    return stored
+
+
+def _score_again(layer: HoldingLayer, softmax: Softmax) -> None:
+    """Score what is stored, with the queries since the last time, and drop down to the targets."""
+    store, scorer, cache = layer.store, layer.cache.scorers[0], layer.cache
+    assert store is not None
+    assert cache.method is not None
+    stored = show_pending(layer, softmax, layer.seen)
+    values = scorer.score(layer.states[scorer], stored).float()
     scores = _guarded(layer, values, stored.valid, stored.positions)
     action, full = cache.method.parts().action, store.lengths > _limits(layer)
     counts = torch.where(full, (_targets(layer) - action.reserve).clamp_min(0), store.lengths)
-    folded = action.apply(select(scores, counts.view(store.rows, -1)), stored, values)
-    layer.store = RaggedStore.pack(folded.kept, folded.keys, folded.values, folded.positions, None, folded.bias)
+    folded = layer.fold(action, layer.select(scorer, scores, counts.view(store.rows, -1)), stored, values)
+    layer.store = layer.packed(folded.kept, folded, values if cache.remembers_scores else None, action)
+    if scorer.accumulates:
+        layer.states[scorer] = layer.store.bookkeeping().scores
 
 
 def _guarded(layer: HoldingLayer, values: Tensor, valid: Tensor, positions: Tensor) -> TokenScores:

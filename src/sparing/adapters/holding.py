@@ -11,6 +11,7 @@ stored is counted by the store.
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +20,13 @@ from transformers.cache_utils import DynamicLayer
 
 from sparing.adapters.projection import ModuleProjection
 from sparing.adapters.reading import Reading
-from sparing.core.actions import Action, Drop
+from sparing.adapters.turning import Originals
+from sparing.core.actions import Action, Drop, Folded, Rerotate
+from sparing.core.reader import Reader
 from sparing.core.scorer import KeyValues, Scorer
-from sparing.core.token_scores import TokenScores, guard_ends
+from sparing.core.token_scores import TokenScores, guard_ends, select
 from sparing.errors import CacheStateError, MethodRefusedError
+from sparing.kernels.compact import CompactStore, Store
 from sparing.kernels.ragged import RaggedStore
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ class HoldingLayer(DynamicLayer):
         states: what each scorer has observed of the prompt in progress.
         transformed: keys and values as the attention sees them, (B, Hq, N, D), if the model transforms them.
         projection: the attention module's output projection, once its attention has come by.
+        originals: see `Originals`; of half-precision keys that are turned again and again.
         pending: query rows since the last eviction, of methods that score again while decoding goes on.
     """
 
@@ -58,14 +63,16 @@ class HoldingLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.seen = self.tail = 0
-        self.store: RaggedStore | None = None
+        self.store: Store | None = None
         self.reading: Reading | None = None
+        self.zeros = (0, 0)  # see `Folded.zeros`
         self.states: dict[Scorer, Any] = {}
         self.pending: list[Tensor] = []
         self.attended = False
         self.transformed: tuple[Tensor, Tensor] | None = None
         self.is_transformed = False
         self.projection: ModuleProjection | None = None
+        self.originals: Originals | None = None
         self.limits: Tensor | None = None  # (lanes,) tokens that a method which follows decoding may hold
         self.short_positions: Tensor | None = None  # (B, n) of a layer that evicts whole tokens
         self.short_valid: Tensor | None = None
@@ -98,9 +105,9 @@ class HoldingLayer(DynamicLayer):
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token's key and value, in all heads."""
-        keys, values = (self.store.keys, self.store.values) if self.store is not None else self._dense()
-        heads = self.store.kv_heads if self.store is not None else keys.shape[1]
-        return sum(heads * t.shape[-1] * t.element_size() for t in (keys, values))
+        if self.store is not None:
+            return self.store.kv_heads * self.store.bytes_per_token
+        return sum(t.shape[1] * t.shape[-1] * t.element_size() for t in self._dense())
 
     @property
     def can_unrotate(self) -> bool:
@@ -108,8 +115,8 @@ class HoldingLayer(DynamicLayer):
         structure = self.cache.structure
         if not structure.rotates:
             return True
-        keys = self._dense()[0] if self.store is None else self.store.keys
-        return structure.rotary is not None and not self.is_transformed and keys.shape[-1] == structure.rotary.head_dim
+        dim = self._dense()[0].shape[-1] if self.store is None else self.store.dims[0]
+        return structure.rotary is not None and not self.is_transformed and dim == structure.rotary.head_dim
 
     def _dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values, of a layer that has dropped nothing."""
@@ -137,7 +144,10 @@ class HoldingLayer(DynamicLayer):
             positions, valid = (t[:, None].expand(rows, heads, tokens) for t in (positions, valid))
         pads = cache.pads(keys.shape[0]).to(keys.device)
         rotary, layers = cache.structure.rotary, len(cache.evicting)
-        return KeyValues(keys, values, valid, positions, pads, self.number, layers, rotary, bias, self.projection)
+        number = cache.structure.attention_layers[self.number]
+        return KeyValues(
+            keys, values, valid, positions, pads, self.number, layers, rotary, bias, self.projection, number
+        )
 
     # -- scoring and dropping -----------------------------------------------------------------------------------
 
@@ -146,14 +156,18 @@ class HoldingLayer(DynamicLayer):
         structure, name = self.cache.structure, type(scorer).__name__
         method = self.cache.method
         parts = method.parts() if method is not None else None
-        needs_rotary = scorer.needs_rotary
-        if parts is not None and scorer == parts.scorer:
-            needs_rotary |= parts.action.needs_rotary or (parts.reader is not None and parts.reader.needs_rotary)
-        if needs_rotary and not self.can_unrotate:
+        if parts is not None and parts.action.needs_rotary:
+            self._check_turning(type(parts.action).__name__)
+        if parts is not None and parts.reader is not None and parts.reader.needs_rotary and structure.rotates:
+            self._check_turning(type(parts.reader).__name__)
+        if scorer.needs_rotary and not self.can_unrotate:
             problem = f"needs queries or keys before rotation, which {structure.name} does not give"
             raise MethodRefusedError(name, problem, "use a method without them, e.g. snapkv")
-        if not self.is_transformed or parts is None:
+        if not self.is_transformed or parts is None or method is None:
             return
+        if method.is_compact:
+            problem = f"cannot code what {structure.name} caches, which its attention transforms"
+            raise MethodRefusedError(name, problem, "leave `bits` out, and hold all channels")
         fix = 'use moment="prefill_end" and no other action than dropping'
         if parts.moment != "prefill_end" or parts.reader is not None:
             problem = f"cannot follow decoding on {structure.name}, whose attention transforms the cached keys"
@@ -162,17 +176,36 @@ class HoldingLayer(DynamicLayer):
             problem = f"cannot merge tokens on {structure.name}, whose attention transforms the cached keys"
             raise MethodRefusedError(name, problem, fix)
 
+    def _check_turning(self, action: str) -> None:
+        """Refuse what turns keys to other positions, where that is not one rotation for all lengths."""
+        structure = self.cache.structure
+        if structure.rotary is None or not structure.rotary.is_fixed or not self.can_unrotate:
+            problem = f"turns keys to other positions, which {structure.name} does not allow"
+            raise MethodRefusedError(action, problem, "leave keys at their own positions")
+
     def scores(self, scorer: Scorer, end: int, tokens_per_head: list[int]) -> TokenScores:
         """Score what is stored, up to position `end`; what comes after is neither scored nor dropped."""
         self.check(scorer)
         stored = self.stored_tokens()
         values = scorer.score(self.states.get(scorer), stored).float()
         valid, positions = stored.valid, stored.positions
+        heads = scorer.rank_heads(self.states.get(scorer), stored)
         if self.is_transformed:  # one choice for the whole layer
             values, valid, positions = values.mean(1, keepdim=True), valid[:, :1], positions[:, :1]
+            heads = None
         valid = valid & (positions < end)
         first, recent = torch.tensor([scorer.protects(tokens) for tokens in tokens_per_head]).unbind(-1)
-        return TokenScores(values, valid, guard_ends(valid, positions, stored.pads, first, recent))
+        guard = guard_ends(valid, positions, stored.pads, first, recent)
+        return TokenScores(values, valid, guard, stored.attention_layer, heads)
+
+    def select(self, scorer: Scorer, scores: TokenScores, counts: Tensor) -> list[list[Tensor]]:
+        """The best `counts[row, head]` slots of every row and head, by what the scorer says now that it knows them."""
+        if scorer.refines:
+            protected = scores.valid & (scores.guard > 0)
+            room = (counts.to(protected.device) - protected.sum(-1)).clamp_min(0)
+            values = scorer.refine(scores.values, scores.valid & ~protected, room, self.stored_tokens())
+            scores = TokenScores(values, scores.valid, scores.guard)
+        return select(scores, counts)
 
     def keep(
         self, kept: list[list[Tensor]], scores: Tensor, end: int, limits: Tensor, action: Action
@@ -193,7 +226,9 @@ class HoldingLayer(DynamicLayer):
             planned = _positions(kept, stored.positions)
             self._keep_tokens([row[0] for row in kept], stored, tail)
         else:
-            folded = action.apply(kept, stored, scores)
+            before = replace(stored, valid=stored.valid & (stored.positions < end)) if tail else stored
+            folded = self.fold(action, kept, before, scores)
+            self.zeros = folded.zeros
             planned, slots = _positions(folded.kept, folded.positions), folded.kept
             if tail:  # tokens after the prompt stay; they are the last of every lane
                 slots = [
@@ -201,22 +236,58 @@ class HoldingLayer(DynamicLayer):
                     for row, heads in enumerate(slots)
                 ]
             follows = scores if self.cache.remembers_scores else None
-            self.store = RaggedStore.pack(slots, folded.keys, folded.values, folded.positions, follows, folded.bias)
+            self.store = self.packed(slots, folded, follows, action)
             self.keys = self.values = None
         self.tail = self._newest_run()
         self.transformed = None
         return planned
 
-    def start_reading(self) -> None:
-        """Keep everything, and let every decoded token read a part."""
+    def fold(self, action: Action, kept: list[list[Tensor]], stored: KeyValues, scores: Tensor) -> Folded:
+        """Carry out an action; keys of half precision that will be turned again are turned from their originals."""
+        method = self.cache.method
+        is_asked_again = method is not None and method.parts().moment != "prefill_end"
+        if not isinstance(action, Rerotate) or not is_asked_again or stored.keys.element_size() > 2:
+            return action.apply(kept, stored, scores)
+        lanes = stored.keys.shape[0] * stored.keys.shape[1]
+        before = self.originals or Originals((stored.keys[0, 0, :0],) * lanes)
+        folded, self.originals = before.turned(action, kept, stored)
+        return folded
+
+    def packed(self, slots: list[list[Tensor]], folded: Folded, scores: Tensor | None, action: Action) -> Store:
+        """A store of the given slots of what an action has left."""
+        if self.store is not None and action.is_exact:  # what is held stays as it is
+            return self.store.select(slots, scores)
+        store = RaggedStore.pack(slots, folded.keys, folded.values, folded.positions, scores, folded.bias)
+        method = self.cache.method
+        if method is None or not method.is_compact:
+            return store
+        channels, scorer = None, method.parts().scorer
+        if scorer.prunes_channels:
+            stored = replace(self.stored_tokens(), keys=folded.keys, values=folded.values)
+            stays = torch.zeros_like(stored.valid)
+            for row, heads in enumerate(slots):
+                for head, chosen in enumerate(heads):
+                    stays[row, head, chosen] = True
+            channels = scorer.choose_channels(self.states.get(scorer), stored, stays)
+        return CompactStore.pack(store, method.code_bits, channels)
+
+    def start_reading(self, reader: Reader, scorer: Scorer, weights: Tensor) -> None:
+        """Keep everything, and let every decoded token read a part.
+
+        Args:
+            scorer: what has watched the prompt. weights: (B, H) how much each head may read, relative to all others.
+        """
         if self.reading is None:
-            self.reading = Reading(self.keys, self.values)
+            self.reading = Reading(self.keys, self.values, reader)
             self.keys = self.values = None
+        self.reading.state = reader.begin(self.states.get(scorer), self.stored_tokens())
+        self.reading.weights = weights
+        self.states = {}
 
     def _newest_run(self) -> int:
         """How many of the newest tokens every lane still holds without a gap: those can be cropped again."""
         if self.store is not None:
-            lanes = [self.store.positions[start : start + length] for start, length in self.store.spans]
+            lanes = [self.store.lane_positions(lane) for lane in range(self.store.rows * self.store.kv_heads)]
         else:
             lanes = list(self.short_positions) if self.short_positions is not None else []
         runs = []

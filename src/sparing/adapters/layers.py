@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparing.adapters.following import attend_and_follow
+from sparing.adapters.following import attend_and_follow, show_pending
 from sparing.adapters.handles import RaggedHandle, note_updated_layer
 from sparing.adapters.holding import HoldingLayer
+from sparing.adapters.reading import attend_and_read
 from sparing.core.scorer import Queries, Softmax
 from sparing.errors import CacheStateError
 from sparing.kernels.attend import attend
@@ -73,11 +74,9 @@ class EvictingLayer(HoldingLayer):
         count = -tokens_to_remove if tokens_to_remove <= 0 else self.seen - tokens_to_remove
         if count <= 0 or not self.is_initialized:
             return
-        if self.is_compressed and count > self.tail:
-            raise CacheStateError(
-                f"cannot remove {count} tokens: only the {self.tail} newest lie behind what was compressed",
-                'use a method with moment="prefill_end", or crop less',
-            )
+        if self.number == 0:  # all or none
+            for layer in self.cache.evicting:
+                layer.check_crop(count)
         if self.store is not None:
             self.store.drop_newest(count)
         elif self.reading is not None:
@@ -93,6 +92,21 @@ class EvictingLayer(HoldingLayer):
         self.seen -= count
         self.tail -= count
         self.cache.after_crop(self.seen)
+
+    def check_crop(self, count: int) -> None:
+        """Refuse to take back tokens that were compressed, or that came before some that were.
+
+        Raises:
+            CacheStateError: more than the newest ones.
+        """
+        if self.is_compressed and count > self.tail:
+            raise CacheStateError(
+                f"cannot remove {count} tokens: only the {self.tail} newest lie behind what was compressed",
+                'use a method with moment="prefill_end", or crop less',
+            )
+        if self.store is not None and count > self.store.croppable:
+            problem = f"cannot remove {count} tokens: only the {self.store.croppable} newest are not coded yet"
+            raise CacheStateError(problem, "crop less, or leave `bits` out")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: rows take the place of others."""
@@ -116,6 +130,11 @@ class EvictingLayer(HoldingLayer):
             if self.limits is not None:
                 self.limits = self.limits.view(self.store.rows, -1)[rows.to(self.limits.device)].flatten()
             self.store.select_rows(rows)
+            if self.originals is not None:
+                self.originals = self.originals.rows(rows.tolist(), self.store.kv_heads)
+            # What was observed is of the rows as they were; scores that are stored have moved along.
+            scorer = self.cache.scorers[0]
+            self.states = {scorer: self.store.bookkeeping().scores} if scorer.accumulates else {}
             return
         if self.reading is not None:
             self.reading.select_rows(rows)
@@ -159,12 +178,12 @@ class EvictingLayer(HoldingLayer):
         if padding is not None and not bool(padding[:, -query.shape[2] :].all()):
             problem = "pads in a later turn of a compressed cache are not supported"
             raise CacheStateError(problem, "give every row its own cache, or pad only on the left of the first turn")
-        if self.reading is not None:
-            return self.cache.attend_reading(self, query, softmax)
-        assert self.store is not None
         if self.cache.is_reading:
             self._watch(query, softmax)
-        elif self.cache.follows_decoding:
+        if self.reading is not None:
+            return attend_and_read(self, query, softmax)
+        assert self.store is not None
+        if self.cache.follows_decoding and not self.cache.is_reading:
             return attend_and_follow(self, query, softmax)
         return attend(query, self.store, softmax)
 
@@ -187,6 +206,8 @@ class EvictingLayer(HoldingLayer):
             end = min(end, cache.prompt_length)
         if end <= start:
             return
+        if self.pending:  # decoded before this turn
+            show_pending(self, softmax, start)
         stored = self.stored_tokens()
         positions = torch.arange(start, end, device=query.device)
         valid = positions[None, :] >= cache.pads(query.shape[0]).to(query.device)[:, None]
@@ -195,8 +216,8 @@ class EvictingLayer(HoldingLayer):
             self.check(scorer)
             began = time.perf_counter()
             state = self.states.get(scorer)
-            if cache.replaying is None:
-                self.states[scorer] = scorer.observe(state, queries, stored)
-            else:
+            if cache.replaying is not None:  # the whole pass is timed, not only this part of it
                 self.states[scorer] = scorer.observe_replay(state, queries, stored, cache.replaying[1])
+                continue
+            self.states[scorer] = scorer.observe(state, queries, stored)
             cache.observing_seconds[scorer] += time.perf_counter() - began

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from sparing.core.reader import Choice, Reader, Step
+from sparing.core.budget import round_to_total
+from sparing.core.reader import Choice, Reader, Step, until
 from sparing.core.scorer import KeyValues, Softmax
-from sparing.kernels.attend import probabilities
+from sparing.kernels.attend import ROWS, probabilities
+
+if TYPE_CHECKING:
+    from sparing.adapters.cache import EvictingCache
+    from sparing.adapters.holding import HoldingLayer
 
 SLACK = 64
 
@@ -21,23 +26,17 @@ class Reading:
     """All tokens of a layer, pads included, in buffers that grow in place.
 
     Attributes:
-        length: tokens held. read, seen: tokens read by decoded tokens, and tokens that were there to read, summed over
-            rows and KV heads.
+        length: tokens held. state: what the reader knows.
+        weights: (B, H) the budget of every head at the prompt's end, relative to the other heads of all layers.
+        read, seen: tokens read by decoded tokens, and tokens that were there to read, summed over rows and KV heads.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._keys, self._values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, reader: Reader) -> None:
+        self._keys, self._values, self._reader = keys, values, reader
         self.length = keys.shape[2]
         self.state: Any = None
-        self.begun = False
-        self.number = 0
-        self.last_query: Tensor | None = None
+        self.weights = torch.zeros(0)
         self.read = self.seen = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, slack and the reader's own knowledge included."""
-        return self._keys.nbytes + self._values.nbytes + _bytes_of(self.state)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, N, D) as views."""
@@ -54,103 +53,132 @@ class Reading:
         self.length = end
 
     def drop_newest(self, count: int) -> None:
-        """Forget the last tokens; the reader begins anew."""
+        """Forget the last tokens."""
         self.length -= count
-        self.begun = False
+        self.state = None if self.state is None else self._reader.crop(self.state, self.length)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Take the given sequences; the reader begins anew."""
-        rows = rows.to(self._keys.device)
-        self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
-        self.last_query = None if self.last_query is None else self.last_query.index_select(0, rows)
-        self.begun = False
+        """Take the given sequences."""
+
+        def taken(t: Any) -> Any:
+            return t.index_select(0, rows.to(t.device)) if isinstance(t, Tensor) else t
+
+        self._keys, self._values, self.weights = taken(self._keys), taken(self._values), taken(self.weights)
+        self.state = pytree.tree_map(taken, self.state)
 
     def clone(self) -> Reading:
-        """An independent copy; the reader begins anew."""
-        twin = Reading(self._keys.clone(), self._values.clone())
-        twin.length, twin.last_query = self.length, self.last_query
-        twin.read, twin.seen = self.read, self.seen
+        """An independent copy."""
+        twin = Reading(self._keys.clone(), self._values.clone(), self._reader)
+        twin.state = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, self.state)
+        twin.length, twin.weights, twin.read, twin.seen = self.length, self.weights, self.read, self.seen
         return twin
 
-    def attend(self, query: Tensor, stored: KeyValues, softmax: Softmax, reader: Reader, counts: Tensor) -> Tensor:
-        """Attention (B, Hq, q, Dv) of the newest tokens: of one over the reader's choice, of several over everything.
+    def attend(self, query: Tensor, stored: KeyValues, softmax: Softmax, counts: Tensor) -> Tensor:
+        """Attention (B, Hq, 1, Dv) of the newest of the stored tokens, over what the reader chooses.
 
         Args:
-            query: (B, Hq, q, D). counts: (B,) tokens that each KV head may read.
+            query: (B, Hq, 1, D). counts: (B, H) tokens that each KV head may read.
         """
-        if query.shape[2] > 1:
-            self.begun, self.last_query = False, query[:, :, -1]
-            return _attend_all(query, stored, softmax)
-        step = Step(query[:, :, 0], stored, softmax, counts, self.number)
-        if not self.begun:
-            before = step.query if self.last_query is None else self.last_query
-            self.state = reader.begin(replace(step, query=before, stored=_without_newest(stored), number=0))
-            self.begun, self.number = True, 0
-            step = replace(step, number=0)
-        self.state, choice = reader.choose(self.state, step)
-        self.number += 1
-        self.seen += int(stored.valid.sum())
-        self.last_query = step.query
-        return self._attend_choice(query, stored, softmax, choice)
+        self.state, choice = self._reader.choose(self.state, Step(query[:, :, 0], stored, softmax, counts))
+        batch, heads, tokens = stored.keys.shape[:3]
+        there = (batch * tokens - int(stored.pads.sum())) * heads
+        self.seen += there
+        if choice.slots is None:
+            self.read += there
+            return attend_all(query, stored, softmax)
+        return self._attend_choice(query, softmax, choice, choice.slots)
 
-    def _attend_choice(self, query: Tensor, stored: KeyValues, softmax: Softmax, choice: Choice) -> Tensor:
-        batch, heads, _, dim = stored.keys.shape
-        keys, values, valid = stored.keys, stored.values, stored.valid
-        if choice.slots is not None:
-            index = choice.slots[..., None]
-            keys = choice.keys if choice.keys is not None else keys.gather(2, index.expand(-1, -1, -1, dim))
-            values = values.gather(2, index.expand(-1, -1, -1, values.shape[-1]))
-            valid = torch.ones_like(choice.slots, dtype=torch.bool) if choice.valid is None else choice.valid
-        self.read += int(valid.sum())
+    def _attend_choice(self, query: Tensor, softmax: Softmax, choice: Choice, slots: Tensor) -> Tensor:
+        """Lane by lane: what one lane reads fits a processor's cache, and lanes may read different numbers."""
+        batch, heads = self._keys.shape[:2]
         states = query[:, :, 0] if choice.query is None else choice.query
-        grouped = states.reshape(batch, heads, -1, dim)
-        if softmax.softcap is None and softmax.sinks is None:
-            out = F.scaled_dot_product_attention(
-                grouped, keys.to(grouped.dtype), values, attn_mask=valid[:, :, None], scale=softmax.scaling
-            )
-        else:
-            out = _explicit(grouped, keys, values, valid[:, :, None], softmax, 1)
-        return out.reshape(batch, query.shape[1], 1, -1)
+        grouped = states.to(self._keys.dtype).reshape(batch, heads, -1, states.shape[-1])
+        sinks, lanes = _sinks(softmax, heads, 1), []
+        for row in range(batch):
+            for head in range(heads):
+                chosen, real = slots[row, head], None if choice.valid is None else choice.valid[row, head]
+                chosen = chosen if real is None else chosen[real]
+                values = self._values[row, head].index_select(0, chosen)
+                if choice.keys is None:
+                    keys = self._keys[row, head].index_select(0, chosen)
+                else:
+                    keys = choice.keys[row, head] if real is None else choice.keys[row, head, real]
+                lanes.append(_lane(grouped[row, head], keys.to(values.dtype), values, softmax, sinks[head]))
+                self.read += chosen.shape[0]
+        return torch.stack(lanes).view(batch, query.shape[1], 1, -1)
 
 
-def _attend_all(query: Tensor, stored: KeyValues, softmax: Softmax) -> Tensor:
-    """Causal attention of the newest tokens over everything."""
+def attend_and_read(layer: HoldingLayer, query: Tensor, softmax: Softmax) -> Tensor:
+    """Attention (B, Hq, q, Dv) of a layer that reads: a prompt reads everything; tokens after it a part, one by one."""
+    stored, cache = layer.stored_tokens(), layer.cache
+    if cache.is_reading:
+        return attend_all(query, stored, softmax)
+    assert layer.reading is not None
+    parts, tokens = [], stored.keys.shape[2]
+    for number, state in enumerate(query.split(1, dim=2)):
+        after = query.shape[2] - 1 - number
+        counts = _tokens_to_read(cache, layer.seen - after)[layer.number].to(query.device)
+        parts.append(layer.reading.attend(state, until(stored, tokens - after), softmax, counts))
+    return torch.cat(parts, dim=2)
+
+
+def _tokens_to_read(cache: EvictingCache, seen: int) -> list[Tensor]:
+    """[layer] (B, H) tokens that each head reads once `seen` are there, in the proportions of the prompt's end."""
+    if cache.to_read[0] != seen:
+        weights = [layer.reading.weights for layer in cache.evicting if layer.reading is not None]
+        rows = []
+        for row, pad in enumerate(cache.pads(cache.evicting[0].rows).tolist()):
+            flat = torch.cat([layer[row] for layer in weights])
+            total = cache._tokens_per_head(seen - pad) * len(flat)
+            rows.append(round_to_total(flat, total, high=torch.full_like(flat, seen - pad)))
+        cache.to_read = (seen, list(torch.stack(rows).split([layer.shape[1] for layer in weights], dim=1)))
+    return cache.to_read[1]
+
+
+def attend_all(query: Tensor, stored: KeyValues, softmax: Softmax) -> Tensor:
+    """Causal attention (B, Hq, q, Dv) of the newest tokens over everything that is stored."""
+    tiles, tokens = [], stored.keys.shape[2]
+    for start in range(0, query.shape[2], ROWS):
+        stop = min(start + ROWS, query.shape[2])
+        tiles.append(_attend_tile(query[:, :, start:stop], until(stored, tokens - query.shape[2] + stop), softmax))
+    return torch.cat(tiles, dim=2)
+
+
+def _attend_tile(query: Tensor, stored: KeyValues, softmax: Softmax) -> Tensor:
     batch, query_heads, count, dim = query.shape
     heads, tokens = stored.keys.shape[1:3]
     groups = query_heads // heads
-    causal = torch.ones(count, tokens, dtype=torch.bool, device=query.device).tril(tokens - count)
-    mask = (causal & stored.valid[:, :, None]).repeat(1, 1, groups, 1)
+    mask = None
+    if count > 1 or bool(stored.pads.any()):
+        causal = torch.ones(count, tokens, dtype=torch.bool, device=query.device).tril(tokens - count)
+        mask = (causal & stored.valid[:, :1]).repeat(1, groups, 1)
     grouped = query.reshape(batch, heads, -1, dim)
     if softmax.softcap is None and softmax.sinks is None:
-        out = F.scaled_dot_product_attention(grouped, stored.keys, stored.values, attn_mask=mask, scale=softmax.scaling)
+        seen = None if mask is None else mask[:, None]
+        out = F.scaled_dot_product_attention(grouped, stored.keys, stored.values, attn_mask=seen, scale=softmax.scaling)
     else:
-        out = _explicit(grouped, stored.keys, stored.values, mask, softmax, count)
+        sinks, lanes = _sinks(softmax, heads, count), []
+        for row in range(batch):
+            visible = None if mask is None else mask[row]
+            for head, part in enumerate(grouped[row]):
+                keys, values = stored.keys[row, head], stored.values[row, head]
+                lanes.append(_lane(part, keys, values, softmax, sinks[head], visible))
+        out = torch.stack(lanes)
     return out.reshape(batch, query_heads, count, -1)
 
 
-def _explicit(grouped: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softmax: Softmax, count: int) -> Tensor:
-    """With a softcap or learned sinks, which the fused attention does not offer."""
-    batch, heads, rows = grouped.shape[:3]
-    sinks = None
-    if softmax.sinks is not None:
-        sinks = softmax.sinks.float().view(heads, -1).repeat_interleave(count, dim=1)
-    lanes = []
-    for row in range(batch):
-        for head in range(heads):
-            visible = mask[row, head].expand(rows, -1)
-            own = None if sinks is None else sinks[head]
-            weights = probabilities(grouped[row, head], keys[row, head], softmax, visible, own, None)
-            lanes.append(weights.to(values.dtype) @ values[row, head])
-    return torch.stack(lanes).view(batch, heads, rows, -1)
+def _lane(
+    queries: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, sinks: Tensor | None, mask: Tensor | None = None
+) -> Tensor:
+    """Attention (rows, Dv) of the packed queries (rows, D) of a KV head's group over some of its tokens."""
+    if softmax.softcap is None and sinks is None:
+        one = (queries[None, None], keys[None, None], values[None, None])
+        return F.scaled_dot_product_attention(*one, attn_mask=mask, scale=softmax.scaling)[0, 0]
+    return probabilities(queries, keys, softmax, mask, sinks, None).to(values.dtype) @ values
 
 
-def _without_newest(stored: KeyValues) -> KeyValues:
-    cut = slice(None, -1)
-    return replace(
-        stored, keys=stored.keys[:, :, cut], values=stored.values[:, :, cut], valid=stored.valid[:, :, cut],
-        positions=stored.positions[:, :, cut],
-    )  # fmt: skip
-
-
-def _bytes_of(state: Any) -> int:
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
+def _sinks(softmax: Softmax, heads: int, count: int) -> Sequence[Tensor | None]:
+    """Learned sink logits (G * q,) of every KV head, per packed query row."""
+    if softmax.sinks is None:
+        return [None] * heads
+    return softmax.sinks.float().view(heads, -1).repeat_interleave(count, dim=1).unbind()

@@ -19,10 +19,14 @@ class ModelRotary:
 
     Attributes:
         head_dim: size of the heads that it is for; latent attention rotates only a part that is cached with others.
+        is_fixed: True if the angle of a position does not depend on how long the sequence is.
     """
 
     def __init__(self, embedding: nn.Module, apply: Callable[..., Any], head_dim: int) -> None:
         self.embedding, self.apply, self.head_dim = embedding, apply, head_dim
+        kind: Any = getattr(embedding, "rope_type", "default")
+        kind = kind.get("full_attention") if isinstance(kind, dict) else kind
+        self.is_fixed = kind not in ("dynamic", "longrope")
         self.scale = float(getattr(embedding, "attention_scaling", 1.0))
         self.extra = {}
         if "layer_type" in inspect.signature(embedding.forward).parameters:

@@ -21,14 +21,18 @@ class Structure:
         name: for messages.
         config: the configuration that the cache is built from.
         full_layers: cache indices of plain full-attention layers, the ones that can be compressed.
+        attention_layers: their numbers among all attention layers, which is how measurements of heads count.
         rotates: True if keys are cached rotated. rotary: how to invert that; None if unknown or not rotated.
+        learned_positions: how many positions there are, where each has an embedding of its own; None elsewhere.
     """
 
     name: str
     config: Any
     full_layers: tuple[int, ...]
+    attention_layers: tuple[int, ...]
     rotates: bool
     rotary: ModelRotary | None
+    learned_positions: int | None
 
 
 def read_structure(model: nn.Module) -> Structure:
@@ -53,7 +57,17 @@ def read_structure(model: nn.Module) -> Structure:
     if not full:
         problem = "it has no plain full-attention layer (sliding windows and state spaces have nothing to evict)"
         raise UnsupportedModelError(name, problem, "run it without sparing")
+    attending = [isinstance(layer, DynamicLayer) for layer in layers]
+    numbers = tuple(sum(attending[:index]) for index in full)
     text = model.config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rotates, rotary = find_rotary(model, head_dim)
-    return Structure(name, model.config, full, rotates, rotary)
+    return Structure(name, model.config, full, numbers, rotates, rotary, _learned_positions(model, text))
+
+
+def _learned_positions(model: PreTrainedModel, text: Any) -> int | None:
+    there = getattr(text, "max_position_embeddings", None)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    # Some models keep a few entries in front for pads.
+    is_learned = there is not None and any(there <= table.num_embeddings <= there + 2 for table in tables)
+    return there if is_learned else None

@@ -7,7 +7,7 @@ import sys
 import click
 
 import sparing
-from sparing.cli import acting, comparing, listing, measuring
+from sparing.cli import acting, calibrating, comparing, listing, measuring
 from sparing.errors import OutputError, SparingError
 
 
@@ -17,8 +17,9 @@ def cli() -> None:
     """Find what matters in a transformer's context, and keep only that."""
 
 
-for command in (*comparing.COMMANDS, *listing.COMMANDS, *measuring.COMMANDS, *acting.COMMANDS):
-    cli.add_command(command)
+for module in (comparing, listing, measuring, calibrating, acting):
+    for command in module.COMMANDS:
+        cli.add_command(command)
 
 
 def main() -> None:

@@ -42,6 +42,8 @@ def compare(
 
     contestants, tasks = _contestants(method_text, keep_text), _tasks(task_text)
     cells = _cells(tasks, _lengths(lengths), mode)
+    if method_text == "all":
+        _say_what_is_left_out()
     loaded = load_model(model, dtype, device)
     with ResultStore(out) as store:
         if store.repaired:
@@ -90,12 +92,26 @@ def _contestants(method_text: str, keep_text: str) -> list[Contestant]:
     from sparing.core.method import methods as registered
     from sparing.core.method import parse_method, split_methods
 
-    names = list(registered()) if method_text == "all" else split_methods(method_text)
+    names = split_methods(method_text)
+    if method_text == "all":
+        names = [info.name for info in registered().values() if not (info.needs or info.python_only)]
     keeps = [parse_keep(part) for part in keep_text.split(",") if part.strip()]
     names = list(dict.fromkeys(name for name in names if name != "full"))
     if not keeps:
         raise InvalidInputError("keep", keep_text, 'at least one budget, such as "0.5,0.25"')
     return [Contestant(name, parse_method(name, keep)) for name in names for keep in dict.fromkeys(keeps)]
+
+
+def _say_what_is_left_out() -> None:
+    """Methods that their names alone do not make."""
+    from sparing.core.method import methods as registered
+
+    for info in registered().values():
+        if info.python_only:
+            click.echo(f"left out: {info.name} (can be built in Python only)", err=True)
+        if info.needs:
+            how = f"sparing calibrate --method {info.name}, then {info.name}(scores=FILE)"
+            click.echo(f"left out: {info.name} (needs a measurement: {how})", err=True)
 
 
 def _tasks(text: str) -> list[Task]:

@@ -13,11 +13,14 @@ import click
 def methods(as_json: bool) -> None:
     """List the methods that compress."""
     from sparing.core.method import methods as registered
+    from sparing.kernels import native
 
     columns = ("name", "family", "unit", "moment", "paper", "summary")
-    _show(registered().values(), columns, ("training_free",), as_json)
+    _show(registered().values(), columns, ("training_free", "needs"), as_json)
     if not as_json:
         click.echo("\nAny of them with another allocator: name+uniform, name+pyramid, name+adaptive, name+global.")
+        click.echo("Any of them with stored tokens as codes of 8 or 4 bits: name(bits=8), name(bits=4).")
+        click.echo(native.status())
 
 
 @click.command()

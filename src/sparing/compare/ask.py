@@ -66,9 +66,10 @@ def _answer(engine: Engine, reading: Reading, method: Method, fed: list[int], ma
     seconds = time.perf_counter() - began
     report = compressed.cache.report()
     plan = report.plan
+    read = f", {compressed.read[-1]:.1%} of them read per token" if compressed.read else ""
     entries = f"kept {plan.tokens_kept:,} of {plan.tokens_seen:,} entries, " if plan else "kept everything, "
     click.secho(
-        f"\n[{entries}{report.bytes_kept:,} of {report.bytes_full:,} bytes ({report.share:.1%}); "
+        f"\n[{entries}{report.bytes_kept:,} of {report.bytes_full:,} bytes ({report.share:.1%}){read}; "
         f"read {reading.cache.evicting[0].seen} tokens in {compressed.seconds:.2f} s, "
         f"wrote {len(output.token_ids)} in {seconds:.2f} s]",
         dim=True,

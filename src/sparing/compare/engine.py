@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,10 +35,22 @@ class Reading:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A cache after eviction. `seconds`: reading, plus this method's own observing, scoring and evicting."""
+    """A cache after eviction.
+
+    Attributes:
+        seconds: reading, plus this method's own observing, scoring and evicting.
+        read: the share of what is stored that each answer so far has read, of methods that read a part.
+    """
 
     cache: EvictingCache
     seconds: float
+    read: list[float] = field(default_factory=list)
+
+    def note_read(self, cache: EvictingCache) -> None:
+        """Add the share that an answer's own copy of the cache has read."""
+        share = cache.report().read_share
+        if share is not None:
+            self.read.append(share)
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Engine:
     @torch.inference_mode()
     def read(self, token_ids: Sequence[int], methods: Iterable[Method]) -> Reading:
         """Read a prompt once, with the scorers of all methods watching."""
-        watched = [method for method in methods if not method.budget.keeps_all]
+        watched = [method for method in methods if not method.keeps_all]
         cache = self.session.watching_cache(watched)
         cache.expect_prompt(len(token_ids))
         self._synchronize()
@@ -80,13 +92,15 @@ class Engine:
     @torch.inference_mode()
     def compress(self, reading: Reading, method: Method) -> Compressed:
         """Evict from a copy of what was read."""
+        # The first fork runs what a scorer replays, and later ones find it done: each is charged for all of it, once.
+        observed = reading.cache.observing_seconds
+        scorer = None if method.keeps_all else method.parts().scorer
+        before = 0.0 if scorer is None else observed[scorer]
         self._synchronize()
         began = time.perf_counter()
         cache = reading.cache.fork(method)
         self._synchronize()
-        own = time.perf_counter() - began
-        if not method.budget.keeps_all:
-            own += reading.cache.observing_seconds[method.parts().scorer]
+        own = time.perf_counter() - began + before
         return Compressed(cache, reading.seconds + own)
 
     @torch.inference_mode()
@@ -120,6 +134,7 @@ class Engine:
             on_token(token)
             ended = one_line and "\n" in self.tokenizer.decode([token]) and self._decode(token_ids).strip() != ""
             if ended or token in self.stop_ids or len(token_ids) >= max_new_tokens:
+                compressed.note_read(cache)
                 return Output(token_ids, seconds, steps)
             began = time.perf_counter()
             logits = self._forward([token], cache, last_only=True)[-1]
@@ -138,6 +153,7 @@ class Engine:
         cache = compressed.cache.clone()
         fed = [*question_ids, *target_ids[:-1]]
         rows = self._forward(fed, cache)[max(len(question_ids) - 1, 0) :] if fed else None
+        compressed.note_read(cache)
         if not question_ids:
             assert first_logits is not None
             first = first_logits[None]

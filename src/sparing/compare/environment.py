@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import sparing
+from sparing.kernels import native
 
 
 def environment() -> dict[str, Any]:
@@ -24,6 +25,7 @@ def environment() -> dict[str, Any]:
         "transformers": version("transformers"),
         "commit": _commit(),
         "threads": torch.get_num_threads(),
+        "kernel": native.status(),
         "hardware": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),

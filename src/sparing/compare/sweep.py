@@ -23,7 +23,7 @@ from sparing.compare.store import ResultStore, row_key
 from sparing.core.method import Method
 from sparing.core.plan import Plan
 from sparing.errors import InvalidInputError, MethodRefusedError
-from sparing.session import use
+from sparing.session import check_measurements, use
 from sparing.tasks import Question, Sample, Task, bootstrap, context_means, wilson
 
 Mode = Literal["query-agnostic", "query-aware"]
@@ -60,6 +60,7 @@ class Tally:
 
     Attributes:
         scores: [context][question] in [0, 1]. shares: [context] → the plan's shares, or None if nothing was dropped.
+        read: of every answer, the share of the stored tokens that it read, for methods that read a part.
     """
 
     scores: list[list[float]] = field(default_factory=list)
@@ -70,6 +71,7 @@ class Tally:
     decode_steps: int = 0
     peak: int = 0
     plans: list[Plan | None] = field(default_factory=list)
+    read: list[float] = field(default_factory=list)
 
 
 class Sweep:
@@ -93,6 +95,7 @@ class Sweep:
         if samples < 1:
             raise InvalidInputError("samples", samples, "a number of contexts >= 1")
         self.loaded, self.samples, self.seed, self.store, self.progress = loaded, samples, seed, store, progress
+        check_measurements(loaded.model, [contestant.method for contestant in contestants])
         self.contestants = [Contestant("full", FULL), *contestants]
         self.example: dict[str, Any] | None = None
 
@@ -157,6 +160,7 @@ class Sweep:
                         score = self._score(cell.task, question, output, full_outputs[index, number])
                         tally.scores[-1].append(score)
                         self._keep_example(cell, sample, question, contestant, compressed, output)
+                    tally.read += compressed.read
                     tally.peak = max(tally.peak, peak_memory_bytes() or 0)
             self.progress(cell, index + 1)
         for contestant, tally in tallies.items():
@@ -243,6 +247,7 @@ class Sweep:
             "high": interval.high,
             "bytes_full": round(statistics.mean(tally.bytes_full)),
             "bytes_kept": round(statistics.mean(tally.bytes_kept)),
+            "read_share": statistics.mean(tally.read) if tally.read else None,
             "prefill_s": statistics.median(tally.prefill),
             "decode_s_per_token": tally.decode_seconds / tally.decode_steps if tally.decode_steps else None,
             "peak_rss_bytes": tally.peak or None,

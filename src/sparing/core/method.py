@@ -7,14 +7,15 @@ import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-from sparing.core.actions import Action, Drop
+from sparing.core.actions import Action, Drop, Rerotate
 from sparing.core.allocate import ALLOCATORS, Allocator, Uniform
 from sparing.core.budget import Budget, Keep
-from sparing.core.reader import Reader
+from sparing.core.reader import Reader, Watching
 from sparing.core.recipe_text import build, parse_call
 from sparing.core.scorer import Scorer
+from sparing.core.scores import Scores, load_scores
 from sparing.core.token_scores import Unit
 from sparing.errors import InvalidInputError, MethodRefusedError, UnknownNameError, require
 
@@ -23,7 +24,12 @@ Moment = Literal["prefill_end", "chunk_end", "every_step"]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What the registry knows of a method: everything that lists, tables and documents show."""
+    """What the registry knows of a method: everything that lists, tables and documents show.
+
+    Attributes:
+        needs: names of the scorers whose measurements of the model it needs.
+        python_only: True if it needs an object that text cannot name.
+    """
 
     name: str
     family: str
@@ -32,6 +38,8 @@ class MethodInfo:
     paper: str
     summary: str
     training_free: bool
+    needs: tuple[str, ...]
+    python_only: bool
     recipe: type[Method]
 
 
@@ -48,8 +56,8 @@ class Parts:
         period: with "every_step", how many tokens are dropped at once: a number, or a share of the budget in (0, 1).
             A cache never exceeds its size; larger periods let it fall below by so many and drop less often.
         action: what becomes of tokens that are not kept.
-        reader: nothing is dropped, and every decoded token reads what this chooses; scorer and allocator then only
-            say how much.
+        reader: nothing is dropped, and every decoded token reads what this chooses. The scorer is then its eye while
+            the prompt is read (see `reading`), and the allocator says how much each head reads.
     """
 
     scorer: Scorer
@@ -59,11 +67,31 @@ class Parts:
     action: Action = field(default_factory=Drop)
     reader: Reader | None = None
 
+    @classmethod
+    def reading(cls, reader: Reader, allocator: Allocator | None = None) -> Parts:
+        """The parts of a method that drops nothing."""
+        return cls(Watching(reader), allocator or Uniform(), reader=reader)
+
+    @property
+    def frees(self) -> bool:
+        """True if tokens go away, so that memory is freed."""
+        return self.reader is None and self.action.drops
+
     @property
     def follows_by_step(self) -> bool:
         """True if the scorer updates its scores token by token while decoding, instead of scoring again when full."""
-        can_score_again = self.scorer.state_outlives_eviction and type(self.action) is not Drop
-        return self.moment == "every_step" and self.scorer.follows_decoding and not can_score_again
+        needs_order = self._can_score_again and type(self.action) is not Drop
+        return self.moment == "every_step" and self.scorer.follows_decoding and not needs_order
+
+    @property
+    def scores_again(self) -> bool:
+        """True if the scorer is asked again, while decoding, each time that the cache is full."""
+        return self.moment == "every_step" and not self.follows_by_step
+
+    @property
+    def _can_score_again(self) -> bool:
+        """True if what the scorer knows stays right when tokens are dropped."""
+        return self.scorer.state_outlives_eviction or self.scorer.accumulates
 
     def check(self, label: str) -> None:
         """Refuse what is not defined.
@@ -76,15 +104,24 @@ class Parts:
         is_share = isinstance(self.period, float) and 0 < self.period < 1
         is_count = isinstance(self.period, int) and not isinstance(self.period, bool) and self.period >= 1
         require(is_share or is_count, "period", self.period, "a whole number >= 1, or a share in (0, 1)")
-        if self.moment == "chunk_end" and not (self.scorer.state_outlives_eviction or self.scorer.accumulates):
+        if self.reader is not None and (self.moment != "prefill_end" or type(self.action) is not Drop):
+            problem = "reads a part of what is stored, so nothing is dropped or folded"
+            raise MethodRefusedError(label, problem, 'use moment="prefill_end" and no action')
+        if not self.action.drops and self.moment != "prefill_end":
+            problem = f"{type(self.action).__name__} frees nothing, so no cache stays at a size"
+            raise MethodRefusedError(label, problem, 'use moment="prefill_end"')
+        if self.moment == "chunk_end" and not self._can_score_again:
             problem = f"{type(self.scorer).__name__} cannot score a prompt that is dropped in parts"
             raise MethodRefusedError(label, problem, 'use moment="prefill_end"')
+        if isinstance(self.action, Rerotate) and self.scorer.needs_rotary:
+            problem = f"{type(self.scorer).__name__} turns keys back by their positions, which Rerotate has changed"
+            raise MethodRefusedError(label, problem, "use another scorer, or leave keys at their positions")
         if self.moment == "every_step":
             self._check_decoding(label)
 
     def _check_decoding(self, label: str) -> None:
         fix = 'use moment="prefill_end"'
-        if not (self.scorer.follows_decoding or self.scorer.state_outlives_eviction):
+        if not (self.scorer.follows_decoding or self._can_score_again):
             raise MethodRefusedError(label, f"{type(self.scorer).__name__} cannot follow decoding", fix)
         if self.follows_by_step and not isinstance(self.allocator, Uniform):
             problem = "following every token is defined for equal budgets of all heads"
@@ -101,6 +138,8 @@ class Method:
     Attributes:
         keep: how much stays: a ratio in (0, 1], tokens per KV head (int), or bytes ("64MiB").
         min_prompt: a shorter prompt loses nothing, whatever the ratio. (A number of tokens or bytes is kept to always.)
+        bits: 8 or 4 to hold all but the newest tokens as codes (KIVI, arXiv:2402.02750); None or 16: as the model does.
+            Codes take less; how many tokens stay is counted as if they did not, also where `keep` is in bytes.
 
     Raises:
         InvalidInputError: `keep` is no budget. MethodRefusedError: a combination that is not defined.
@@ -108,22 +147,56 @@ class Method:
 
     keep: Keep = 0.5
     min_prompt: int = field(default=32, kw_only=True)
+    bits: int | None = field(default=None, kw_only=True)
 
     info: ClassVar[MethodInfo | None] = None
 
     def __post_init__(self) -> None:
         Budget.parse(self.keep)
         require(self.min_prompt >= 0, "min_prompt", self.min_prompt, "a number of tokens >= 0")
-        self.parts().check(self.label)
+        is_known = self.bits is None or (type(self.bits) is int and self.bits in (16, 8, 4))
+        require(is_known, "bits", self.bits, "8 or 4; None or 16 for what the model has")
+        parts = self.parts()
+        parts.check(self.label)
+        if self.is_compact:
+            self._check_compact(parts)
+
+    def _check_compact(self, parts: Parts) -> None:
+        fix = "leave `bits` out, and hold all channels"
+        if parts.reader is not None:
+            raise MethodRefusedError(self.label, "reads parts of what is held, which codes do not allow", fix)
+        if not parts.action.is_exact and parts.moment != "prefill_end":
+            problem = f"{type(parts.action).__name__} changes tokens while decoding; coded again and again they decay"
+            raise MethodRefusedError(self.label, problem, f'{fix} or use moment="prefill_end"')
 
     def parts(self) -> Parts:
         """The scorer, allocator and moment that the fields stand for."""
         raise NotImplementedError
 
     @property
+    def measurements(self) -> tuple[Scores, ...]:
+        """What the method knows of a model; it works on models of that shape only."""
+        return ()
+
+    @property
     def budget(self) -> Budget:
         """`keep`, parsed."""
         return Budget.parse(self.keep)
+
+    @property
+    def keeps_all(self) -> bool:
+        """True if nothing is dropped and nothing is held in another way than the model's."""
+        return self.budget.keeps_all and not self.is_compact
+
+    @property
+    def is_compact(self) -> bool:
+        """True if all but the newest tokens are held in another way than the model's."""
+        return self.code_bits is not None or self.parts().scorer.prunes_channels
+
+    @property
+    def code_bits(self) -> int | None:
+        """Bits of the codes that all but the newest tokens are held as; None where they are held as the model does."""
+        return None if self.bits == 16 else self.bits
 
     @property
     def label(self) -> str:
@@ -172,6 +245,8 @@ def register(
     unit: Unit = "kv_token",
     moment: Moment = "prefill_end",
     training_free: bool = True,
+    needs: tuple[str, ...] = (),
+    python_only: bool = False,
 ) -> Callable[[type[M]], type[M]]:
     """Register a recipe: the only place where a method is made known.
 
@@ -179,11 +254,13 @@ def register(
         name: as typed on the command line.
         paper: arXiv number or "-" for a baseline without one.
         summary: one line, what it keeps.
+        needs: scorers of heads or layers whose measurements of the model it needs (see `core.measured`).
+        python_only: it needs an object that text cannot name, such as another model.
     """
 
     def add(recipe: type[M]) -> type[M]:
         assert name not in _REGISTRY, f"two methods named {name}"
-        info = MethodInfo(name, family, unit, moment, paper, summary, training_free, recipe)
+        info = MethodInfo(name, family, unit, moment, paper, summary, training_free, needs, python_only, recipe)
         recipe.info = info
         _REGISTRY[name] = info
         return recipe
@@ -205,27 +282,35 @@ def parse_method(text: str, keep: Keep = 0.5) -> Method:
 
     Grammar: `name`, `name(field=value,...)`, or `scorer+allocator` with the scorer of any registered method and
     any allocator (uniform, pyramid, adaptive, global), each with fields in brackets:
-    `snapkv`, `snapkv(window=16)`, `keydiff+adaptive(floor=0.1)`. The last form evicts at the prompt's end. A `keep`
+    `snapkv`, `snapkv(window=16)`, `keydiff+adaptive(floor=0.1)`. The last form evicts at the prompt's end. The
+    `scores` of a method that needs measurements are a file: `duo(scores=duo.safetensors)`. A `keep`
     among the method's fields comes before the argument. Fields that are no number, word or truth value (a scorer,
     a tuple) can be set in Python only.
 
     Raises:
         UnknownNameError: no such method or allocator.
         InvalidInputError: text that does not follow the grammar, or a value that the field does not take.
+        InputFileError: a file of scores cannot be read.
     """
     head, plus, tail = text.partition("+")
     name, fields = parse_call(head, "method")
     known = methods()
     if name not in known:
         raise UnknownNameError("method", name, known)
-    recipe = build(known[name].recipe, {"keep": keep} | fields, name)
-    if not plus:
-        return recipe
-    allocator_name, allocator_fields = parse_call(tail, "method")
+    allocator_name, allocator_fields = parse_call(tail, "method") if plus else ("uniform", {})
     if allocator_name not in ALLOCATORS:
         raise UnknownNameError("allocator", allocator_name, ALLOCATORS)
+    given: dict[str, Any] = {"keep": keep} | fields
+    if known[name].needs and "scores" in fields:
+        given["scores"] = load_scores(fields["scores"])
+    recipe = build(known[name].recipe, given, name)
+    if not plus:
+        return recipe
+    if not recipe.parts().frees:
+        raise MethodRefusedError(name, "drops nothing, so it has no scores to spread a budget by", f"use {name} alone")
     allocator = build(ALLOCATORS[allocator_name], allocator_fields, allocator_name)
-    return Evict(keep=recipe.keep, scorer=recipe.parts().scorer, allocator=allocator)
+    more = {"min_prompt": recipe.min_prompt, "bits": recipe.bits}
+    return Evict(keep=recipe.keep, scorer=recipe.parts().scorer, allocator=allocator, **more)
 
 
 def split_methods(text: str) -> list[str]:

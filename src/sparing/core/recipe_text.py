@@ -39,6 +39,7 @@ def build(recipe: type, fields: dict[str, Any], name: str) -> Any:
         UnknownNameError: it has no such field. InvalidInputError: a value that the field does not take.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(recipe) if f.init}
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(recipe)}
     values = dict(fields)
     for key, text in fields.items():
         if key not in defaults:
@@ -47,8 +48,14 @@ def build(recipe: type, fields: dict[str, Any], name: str) -> Any:
         value = values[key] = _literal(text) if isinstance(text, str) and not isinstance(default, str) else text
         if key == "keep":  # checked by the method, which takes several types
             continue
+        if kinds[key] == "int | None" and (value is None or type(value) is int):
+            continue
         if not isinstance(default, bool | int | float | str):
+            if not isinstance(text, str):  # an object already
+                continue
             raise InvalidInputError(f"{name}.{key}", value, "an object", "build the method in Python to set it")
+        if kinds[key] == "int | float" and type(value) in (int, float):  # a number and a share mean different things
+            continue
         if isinstance(default, float) and type(value) is int:
             values[key] = float(value)
         elif type(value) is not type(default):

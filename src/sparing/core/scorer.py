@@ -65,6 +65,8 @@ class KeyValues:
         rotary: the model's rotary embedding; None if the model rotates nothing.
         bias: (B, H, N) float32 added to a token's logits: log c for a token that stands for c merged ones; None for 0.
         output: the layer's output projection as it acts on the values of one KV head; None where it has none.
+        attention_layer: the layer's number among all attention layers of the model, sliding ones included, which is
+            how measurements count; None where that is `layer`.
     """
 
     keys: Tensor
@@ -77,6 +79,7 @@ class KeyValues:
     rotary: Rotary | None
     bias: Tensor | None = None
     output: OutputProjection | None = None
+    attention_layer: int | None = None
 
     @property
     def true_positions(self) -> Tensor:
@@ -127,6 +130,8 @@ class Scorer:
             tokens are dropped; such scorers can score again while decoding goes on.
         replays: True if `replay` and `observe_replay` are implemented.
         needs_output: True if `stored.output` is used.
+        refines: True if `refine` is implemented.
+        prunes_channels: True if `choose_channels` is implemented.
         step_needs_attention: True if `step` needs the attention of the new tokens.
     """
 
@@ -137,6 +142,8 @@ class Scorer:
     state_outlives_eviction: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     needs_output: ClassVar[bool] = False
+    refines: ClassVar[bool] = False
+    prunes_channels: ClassVar[bool] = False
     step_needs_attention: ClassVar[bool] = False
 
     def observe(self, state: Any, queries: Queries, stored: KeyValues) -> Any:
@@ -150,6 +157,9 @@ class Scorer:
         """
         return None
 
+    def meet(self, model: Any) -> None:
+        """Refuse a model that this scorer cannot serve, before anything runs; for scorers that hold another model."""
+
     def replay(self, ids: Sequence[int]) -> list[Replay]:
         """What to run after a prompt of these real tokens, for scorers that replay."""
         raise NotImplementedError
@@ -162,9 +172,30 @@ class Scorer:
         """(B, H, N) float32 scores of the stored tokens, finite where valid."""
         raise NotImplementedError
 
+    def rank_heads(self, state: Any, stored: KeyValues) -> Tensor | None:
+        """(B, H) how much each KV head matters for this prompt, for allocators that ask; None if that is not known."""
+        return None
+
     def protects(self, tokens_per_head: int) -> tuple[int, int]:
         """(first, recent): how many tokens at both ends are kept before all others, given the budget."""
         return (0, 0)
+
+    def refine(self, values: Tensor, contenders: Tensor, room: Tensor, stored: KeyValues) -> Tensor:
+        """New (B, H, N) values to choose by, now that every head's count is known, for scorers that refine.
+
+        Args:
+            values: (B, H, N) the scores by which the budget was given out; H is 1 where whole tokens are chosen.
+            contenders: (B, H, N) bool, False for pads and for protected tokens. room: (B, H) how many of them stay.
+        """
+        raise NotImplementedError
+
+    def choose_channels(self, state: Any, stored: KeyValues, kept: Tensor) -> Tensor:
+        """(B, H, C) int64 key channels, sorted, that all but the newest tokens are held with, once a prompt has ended.
+
+        Args:
+            kept: (B, H, N) bool, the tokens that stay.
+        """
+        raise NotImplementedError
 
     def step(self, scores: Tensor, attention: Tensor | None, positions: Tensor) -> Tensor:
         """New (B, H, N) scores after tokens were decoded.

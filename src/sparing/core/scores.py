@@ -6,12 +6,14 @@ One safetensors file: the numbers as tensors, everything else as readable JSON i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from sparing.errors import InputFileError, InvalidInputError, OutputError, ScoresMismatchError, require
 
 FORMAT = "sparing-scores-1"
+SEVERAL = "sparing-several-scores-1"
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,9 @@ class ModelIdentity:
         return f"{self.architecture}, {self.num_layers} attention layers, {heads}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scores:
-    """A number for every unit of a model or text.
+    """A number for every unit of a model or text. Two are equal if numbers, scorer, parameters, model and data are.
 
     Attributes:
         values: float32, one dimension per axis; nan where nothing could be measured.
@@ -82,6 +85,23 @@ class Scores:
     def __post_init__(self) -> None:
         assert len(self.axes) == self.values.dim(), f"{self.axes} for {tuple(self.values.shape)}"
         assert self.standard_error is None or self.standard_error.shape == self.values.shape
+
+    @cached_property
+    def digest(self) -> str:
+        """A short hash of what makes two measurements equal."""
+        facts = [self.axes, self.scorer, self.model.shape, self.model.fingerprint, self.parameters, self.data, self.n]
+        found = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        found.update(self.values.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()[:12]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scores) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Scores({self.scorer!r}, {self.digest!r})"
 
     # -- choosing -----------------------------------------------------------------------------------------------
 
@@ -139,25 +159,8 @@ class Scores:
         Raises:
             OutputError: it cannot be written.
         """
-        target = Path(path)
-        tensors = {"values": self.values} | {f"extra.{name}": t for name, t in self.extras.items()}
-        if self.standard_error is not None:
-            tensors["standard_error"] = self.standard_error
-        header = {"format": FORMAT, "axes": self.axes, "labels": dict(self.labels), "model": asdict(self.model)}
-        header |= {name: getattr(self, name) for name in _PLAIN}
-        metadata = {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in header.items()}
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
-            os.close(handle)
-            try:
-                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-                os.replace(temporary, target)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(target, str(error)) from error
-        return target
+        tensors, metadata = _packed(self)
+        return _write(Path(path), tensors, metadata)
 
     @staticmethod
     def load(path: str | os.PathLike[str], model: ModelIdentity | None = None) -> Scores:
@@ -166,24 +169,92 @@ class Scores:
         Raises:
             InputFileError: missing, or not such a file. ScoresMismatchError: see `check_model`.
         """
-        source = Path(path)
-        try:
-            with safe_open(source, framework="pt") as file:
-                header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
-            fix = "give a file written by `sparing score --out` or Scores.save"
-            raise InputFileError(source, f"cannot be read as scores ({error})", fix) from error
-        if header.get("format") != FORMAT or "values" not in tensors:
-            raise InputFileError(source, "holds no scores", "give a file written by `sparing score --out`")
-        labels = {axis: tuple(names) for axis, names in header["labels"].items()}
-        extras = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
-        plain = {name: header[name] for name in _PLAIN} | {"notes": tuple(header["notes"])}
-        plain |= {"model": ModelIdentity(**header["model"]), "standard_error": tensors.get("standard_error")}
-        scores = Scores(tensors["values"], tuple(header["axes"]), labels=labels, extras=extras, **plain)
+        found = load_scores(path)
+        if len(found) != 1:
+            names = ", ".join(each.scorer for each in found)
+            raise InputFileError(
+                Path(path), f"holds several measurements ({names})", "read it with core.scores.load_scores"
+            )
+        scores = found[0]
         if model is not None:
             scores.check_model(model)
         return scores
+
+
+def save_scores(path: str | os.PathLike[str], scores: Sequence[Scores]) -> Path:
+    """Write measurements into one safetensors file, whole or not at all; of one, what `Scores.save` writes.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if len(scores) == 1:
+        return scores[0].save(path)
+    tensors: dict[str, Tensor] = {}
+    metadata = {"format": json.dumps(SEVERAL)}
+    for number, each in enumerate(scores):
+        own, header = _packed(each)
+        tensors |= {f"{number}.{name}": tensor for name, tensor in own.items()}
+        metadata |= {f"{number}.{key}": value for key, value in header.items()}
+    return _write(Path(path), tensors, metadata)
+
+
+def load_scores(path: str | os.PathLike[str]) -> tuple[Scores, ...]:
+    """All measurements of a file.
+
+    Raises:
+        InputFileError: missing, or not such a file.
+    """
+    source, fix = Path(path), "give a file written by `sparing score --out`, `sparing calibrate --out` or Scores.save"
+    try:
+        with safe_open(source, framework="pt") as file:
+            header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputFileError(source, f"cannot be read as scores ({error})", fix) from error
+    if header.get("format") != SEVERAL:
+        return (_unpacked(source, tensors, header, fix),)
+    count = len({name.partition(".")[0] for name in tensors})
+    parts = []
+    for number in range(count):
+        own, more = ({k.removeprefix(f"{number}."): v for k, v in d.items() if k.startswith(f"{number}.")}
+                     for d in (tensors, header))  # fmt: skip
+        parts.append(_unpacked(source, own, more, fix))
+    return tuple(parts)
+
+
+def _packed(scores: Scores) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file holds of a measurement: its tensors, and everything else as JSON."""
+    tensors = {"values": scores.values} | {f"extra.{name}": t for name, t in scores.extras.items()}
+    if scores.standard_error is not None:
+        tensors["standard_error"] = scores.standard_error
+    header = {"format": FORMAT, "axes": scores.axes, "labels": dict(scores.labels), "model": asdict(scores.model)}
+    header |= {name: getattr(scores, name) for name in _PLAIN}
+    return tensors, {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in header.items()}
+
+
+def _unpacked(source: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], fix: str) -> Scores:
+    if header.get("format") != FORMAT or "values" not in tensors:
+        raise InputFileError(source, "holds no scores", fix)
+    labels = {axis: tuple(names) for axis, names in header["labels"].items()}
+    extras = {name.removeprefix("extra."): t for name, t in tensors.items() if name.startswith("extra.")}
+    plain = {name: header[name] for name in _PLAIN} | {"notes": tuple(header["notes"])}
+    plain |= {"model": ModelIdentity(**header["model"]), "standard_error": tensors.get("standard_error")}
+    return Scores(tensors["values"], tuple(header["axes"]), labels=labels, extras=extras, **plain)
+
+
+def _write(target: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
+        os.close(handle)
+        try:
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
+            os.replace(temporary, target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(target, str(error)) from error
+    return target
 
 
 # The fields that are JSON as they are.

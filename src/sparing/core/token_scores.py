@@ -23,11 +23,15 @@ class TokenScores:
         valid: (rows, kv_heads, tokens) bool; False for pads and empty slots, which are never kept or counted.
         guard: (rows, kv_heads, tokens) int64 >= 0; above 0 the token is protected. Protected tokens are kept
             before all others, the larger guard first, so a budget smaller than the protection is still exact.
+        layer: its number among all attention layers of the model; None where that is its place in the list.
+        heads: (rows, kv_heads) how much each head matters for this prompt, if the scorer says so (`rank_heads`).
     """
 
     values: Tensor
     valid: Tensor
     guard: Tensor
+    layer: int | None = None
+    heads: Tensor | None = None
 
     @property
     def order(self) -> Tensor:

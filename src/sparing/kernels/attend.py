@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from sparing.core.scorer import Softmax
 from sparing.kernels import native
-from sparing.kernels.ragged import RaggedStore
+from sparing.kernels.compact import CompactStore, Store
 
 # Rows of queries per call: bounds the causal mask to (ROWS, n) however long a later turn is.
 ROWS = 256
 
 
-def attend(query: Tensor, store: RaggedStore, softmax: Softmax) -> Tensor:
+def attend(query: Tensor, store: Store, softmax: Softmax) -> Tensor:
     """Attention output of the newest tokens; the store already holds their keys, which they see causally.
 
     Args:
@@ -36,7 +36,7 @@ def attend(query: Tensor, store: RaggedStore, softmax: Softmax) -> Tensor:
     return _attend_tile(query, store, softmax, 0)
 
 
-def attend_with_rows(query: Tensor, store: RaggedStore, softmax: Softmax) -> tuple[Tensor, Tensor]:
+def attend_with_rows(query: Tensor, store: Store, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """Attention output and the probabilities behind it, for methods that follow decoding.
 
     Returns:
@@ -47,20 +47,20 @@ def attend_with_rows(query: Tensor, store: RaggedStore, softmax: Softmax) -> tup
     grouped = query.reshape(batch * heads, -1, dim)
     longest = max(store.lengths.tolist())
     rows = torch.zeros(batch * heads, grouped.shape[1], longest, device=query.device)
-    out = query.new_empty(batch * heads, grouped.shape[1], store.values.shape[-1])
+    out = query.new_empty(batch * heads, grouped.shape[1], store.dims[1])
     sinks = _sinks(softmax, heads, batch, count)
     for lane in range(batch * heads):
         keys, values = store.lane(lane)
         mask = _causal(count, keys.shape[0], grouped.shape[1] // count, query.device)
-        bias = None if store.bias is None else store.bias[store.spans[lane][0] :][: keys.shape[0]]
-        weights = probabilities(grouped[lane], keys, softmax, mask, None if sinks is None else sinks[lane], bias)
+        own = None if sinks is None else sinks[lane]
+        weights = probabilities(grouped[lane], keys, softmax, mask, own, store.lane_bias(lane))
         rows[lane, :, : keys.shape[0]] = weights
         out[lane] = weights.to(values.dtype) @ values
     shape = (batch, heads, query_heads // heads, count)
     return out.view(batch, query_heads, count, -1), rows.view(*shape, longest)
 
 
-def _attend_tile(query: Tensor, store: RaggedStore, softmax: Softmax, after: int) -> Tensor:
+def _attend_tile(query: Tensor, store: Store, softmax: Softmax, after: int) -> Tensor:
     """As `attend`, for queries that are followed by `after` newer tokens, whose keys they must not see."""
     batch, query_heads, count, dim = query.shape
     heads = store.kv_heads
@@ -68,6 +68,8 @@ def _attend_tile(query: Tensor, store: RaggedStore, softmax: Softmax, after: int
     groups = grouped.shape[2] // count
     if softmax.softcap is not None or softmax.sinks is not None:
         return _attend_explicit(grouped, store, softmax, count, after).view(batch, query_heads, count, -1)
+    if isinstance(store, CompactStore):
+        return _attend_compact(grouped, store, softmax, count, after).view(batch, query_heads, count, -1)
     if count == 1 and not query.requires_grad and native.can_decode(query, store.keys, store.values, groups):
         out, _ = native.ragged_decode(
             grouped.flatten(0, 1), store.keys, store.values, store.starts, store.lengths, softmax.scaling, store.bias
@@ -87,21 +89,61 @@ def _attend_tile(query: Tensor, store: RaggedStore, softmax: Softmax, after: int
         grouped.reshape(-1, 1, 1, *grouped.shape[2:]).unbind(), store.spans, strict=True
     ):
         seen = length - after
-        mask = _mask(store, start, seen, _causal(count, seen, groups, query.device), query.dtype)
+        bias = None if store.bias is None else store.bias[start : start + seen]
+        mask = _mask(bias, _causal(count, seen, groups, query.device), query.dtype)
         part = (keys.narrow(2, start, seen), values.narrow(2, start, seen))
         lanes.append(F.scaled_dot_product_attention(queries, *part, attn_mask=mask, scale=softmax.scaling))
     return torch.cat(lanes).view(batch, query_heads, count, -1)
 
 
-def _mask(store: RaggedStore, start: int, length: int, causal: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _mask(bias: Tensor | None, causal: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Causality and the bias of a lane's tokens, as the fused attention takes them."""
-    if store.bias is None:
+    if bias is None:
         return causal
-    bias = store.bias[start : start + length].to(dtype)
+    bias = bias.to(dtype)
     return bias[None] if causal is None else bias.expand(causal.shape).masked_fill(~causal, -torch.inf)
 
 
-def _attend_explicit(grouped: Tensor, store: RaggedStore, softmax: Softmax, count: int, after: int) -> Tensor:
+def _attend_compact(grouped: Tensor, store: CompactStore, softmax: Softmax, count: int, after: int) -> Tensor:
+    """Over coded tokens and the window behind them, in one softmax."""
+    queries = grouped.flatten(0, 1)
+    if count == 1 and not queries.requires_grad and native.can_decode_coded(queries, store):
+        return native.coded_decode(queries, store, softmax.scaling)[0]
+    lanes = []
+    for lane, rows in enumerate(queries):
+        if store.coding.bits is None and store.pages is not None:
+            lanes.append(_attend_thin(rows, store, lane, softmax, count, after))
+            continue
+        keys, values = store.lane(lane)
+        seen, bias = keys.shape[0] - after, store.lane_bias(lane)
+        causal = _causal(count, seen, rows.shape[0] // count, rows.device)
+        mask = _mask(None if bias is None else bias[:seen], causal, rows.dtype)
+        keys, values = keys[None, :seen], values[None, :seen]
+        out = F.scaled_dot_product_attention(rows[None], keys, values, attn_mask=mask, scale=softmax.scaling)
+        lanes.append(out[0])
+    return torch.stack(lanes)
+
+
+def _attend_thin(rows: Tensor, store: CompactStore, lane: int, softmax: Softmax, count: int, after: int) -> Tensor:
+    """Over a lane's thin keys, which meet the queries' same channels, and the window; without copies of either."""
+    pages, (new_keys, new_values) = store.lane_pages(lane), store.window.lane(lane)
+    seen = new_keys.shape[0] - after
+    thin = rows if store.coding.channels is None else rows[:, store.coding.channels[lane]]
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    old = (thin @ pages.keys.flatten(0, 1).T).to(exact) * softmax.scaling
+    new = (rows @ new_keys[:seen].T).to(exact) * softmax.scaling
+    new_bias = store.window.lane_bias(lane)
+    if pages.bias is not None and new_bias is not None:
+        old, new = old + pages.bias.flatten(), new + new_bias[:seen]
+    old = old.masked_fill(~pages.filled.flatten(), -torch.inf)
+    causal = _causal(count, seen, rows.shape[0] // count, rows.device)
+    new = new if causal is None else new.masked_fill(~causal, -torch.inf)
+    weights = torch.cat([old, new], dim=-1).softmax(-1).to(rows.dtype)
+    held = old.shape[1]
+    return weights[:, :held] @ pages.values.flatten(0, 1) + weights[:, held:] @ new_values[:seen]
+
+
+def _attend_explicit(grouped: Tensor, store: Store, softmax: Softmax, count: int, after: int) -> Tensor:
     """With a softcap or learned sinks, which the fused attention does not offer."""
     batch, heads = grouped.shape[:2]
     sinks = _sinks(softmax, heads, batch, count)
@@ -110,7 +152,8 @@ def _attend_explicit(grouped: Tensor, store: RaggedStore, softmax: Softmax, coun
         keys, values = store.lane(lane)
         keys, values = keys[: keys.shape[0] - after], values[: values.shape[0] - after]
         mask = _causal(count, keys.shape[0], queries.shape[0] // count, queries.device)
-        bias = None if store.bias is None else store.bias[store.spans[lane][0] :][: keys.shape[0]]
+        bias = store.lane_bias(lane)
+        bias = None if bias is None else bias[: keys.shape[0]]
         weights = probabilities(queries, keys, softmax, mask, None if sinks is None else sinks[lane], bias)
         lanes.append(weights.to(values.dtype) @ values)
     return torch.stack(lanes)

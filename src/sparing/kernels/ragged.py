@@ -9,7 +9,7 @@ length grow by the same tokens, so all get the same slack and are full together.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -129,6 +129,26 @@ class RaggedStore:
     # -- reading ------------------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.keys.device
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Channels of keys and of values."""
+        return self.keys.shape[-1], self.values.shape[-1]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's key and value in one head."""
+        return sum(self.dims) * self.keys.element_size()
+
+    @property
+    def croppable(self) -> int:
+        """How many of the newest tokens can be taken back."""
+        return min(self._length_list)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, slack and bookkeeping included."""
         tensors = [self.keys, self.values, self.positions, self.starts, self.lengths, self.capacities]
@@ -154,6 +174,21 @@ class RaggedStore:
         part = slice(self._start_list[index], self._start_list[index] + self._length_list[index])
         return self.keys[part], self.values[part]
 
+    def lane_of(self, name: str, index: int) -> Tensor | None:
+        """A lane's part of a buffer, as a view; None if there is no such buffer."""
+        buffer, start = getattr(self, name), self._start_list[index]
+        return None if buffer is None else buffer[start : start + self._length_list[index]]
+
+    def lane_bias(self, index: int) -> Tensor | None:
+        """(n,) bias of a lane's tokens."""
+        return self.lane_of("bias", index)
+
+    def lane_positions(self, index: int) -> Tensor:
+        """(n,) positions of a lane's tokens."""
+        positions = self.lane_of("positions", index)
+        assert positions is not None
+        return positions
+
     def stacked(self) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, n, D) as views; only when `even`."""
         length = self.even
@@ -162,20 +197,26 @@ class RaggedStore:
         keys = self.keys.view(*shape, self.keys.shape[-1])
         return keys[:, :, :length], self.values.view(*shape, self.values.shape[-1])[:, :, :length]
 
-    def padded(self) -> Padded:
-        """Copies of all lanes, padded to the longest."""
-        longest = max(self._length_list)
-        slots = torch.arange(longest, device=self.keys.device)
+    def _index(self) -> tuple[Tensor, Tensor]:
+        """(B, H, N) flat index of every slot of lanes that are padded to the longest, and which slots are real."""
+        slots = torch.arange(max(self._length_list), device=self.keys.device)
         valid = slots < self.lengths[:, None]
         index = (self.starts[:, None] + slots).masked_fill(~valid, 0)
-        shape = (self.rows, self.kv_heads, longest)
+        return index.view(self.rows, self.kv_heads, -1), valid.view(self.rows, self.kv_heads, -1)
+
+    def padded(self) -> Padded:
+        """Copies of all lanes, padded to the longest."""
+        index, _ = self._index()
+        return replace(self.bookkeeping(), keys=self.keys[index], values=self.values[index])
+
+    def bookkeeping(self) -> Padded:
+        """As `padded`, with empty keys and values."""
+        index, valid = self._index()
         scores, bias = (
-            None if buffer is None else buffer[index].masked_fill(~valid, 0.0).view(shape)
-            for buffer in (self.scores, self.bias)
+            None if buffer is None else buffer[index].masked_fill(~valid, 0.0) for buffer in (self.scores, self.bias)
         )
-        positions = self.positions[index].long().view(shape)
-        keys, values = self.keys[index].view(*shape, -1), self.values[index].view(*shape, -1)
-        return Padded(keys, values, valid.view(shape), positions, scores, bias)
+        nothing = self.keys.new_empty(0)
+        return Padded(nothing, nothing, valid, self.positions[index].long(), scores, bias)
 
     def _buffers(self) -> list[Tensor]:
         """Everything that has one entry per stored token."""
@@ -218,6 +259,37 @@ class RaggedStore:
             buffer[hole] = buffer[last]
         self.lengths -= lanes.long()
         self._refresh_lists()
+
+    def take(self, slots: list[Tensor]) -> RaggedStore:
+        """A store with the given slots of every lane, in the given order."""
+        lengths = torch.tensor([len(chosen) for chosen in slots])
+        has = (self.scores is not None, self.bias is not None)
+        new = self._empty(self.rows, self.kv_heads, lengths, self.keys, self.values, *has)
+        for lane, (chosen, (target, length)) in enumerate(zip(slots, new.spans, strict=True)):
+            begin = self._start_list[lane]
+            for mine, fresh in zip(self._buffers(), new._buffers(), strict=True):
+                fresh[target : target + length] = mine[begin : begin + self._length_list[lane]].index_select(0, chosen)
+        return new
+
+    def select(self, kept: list[list[Tensor]], scores: Tensor | None) -> RaggedStore:
+        """A store with the given slots only.
+
+        Args:
+            kept: [row][kv_head] → slots in the order of `padded`. scores: (B, H, N) to remember, or None.
+        """
+        slots = [chosen.to(self.keys.device) for row in kept for chosen in row]
+        new = self.take(slots)
+        new.scores = None if scores is None else torch.zeros(new.keys.shape[0], device=self.keys.device)
+        if scores is not None and new.scores is not None:
+            for lane, (chosen, (start, length)) in enumerate(zip(slots, new.spans, strict=True)):
+                new.scores[start : start + length] = scores.flatten(0, 1)[lane, chosen]
+        return new
+
+    def write_scores(self, scores: Tensor) -> None:
+        """Remember (B, H, N) scores, in the order of `padded`."""
+        assert self.scores is not None
+        index, valid = self._index()
+        self.scores[index[valid]] = scores[valid]
 
     def select_rows(self, rows: Tensor) -> None:
         """Take the given sequences, in order, repeats allowed (beam search, batch selection)."""

@@ -18,20 +18,32 @@ from sparing.core.scorer import KeyValues, Queries, Softmax
 ROWS_PER_TILE = 128
 # A tile's logits stay under this many elements, so long contexts take narrower tiles (64 MiB of float32).
 ELEMENTS_PER_TILE = 16 * 2**20
+# What float32 may take from an even share: logits that are equal in exact arithmetic differ by some ulps.
+EVEN = 1e-5
 
 
 def window_rows(state: Queries | None, new: Queries, window: int) -> Queries:
     """The last `window` query rows seen so far: append a chunk's rows and forget the oldest."""
     if state is not None and new.states.shape[2] < window:
-        new = Queries(
-            torch.cat([state.states, new.states], dim=2),
-            torch.cat([state.positions, new.positions]),
-            torch.cat([state.valid, new.valid], dim=1),
-            new.softmax,
-        )
-    last = slice(max(new.positions.shape[0] - window, 0), None)
-    # clone: a slice would keep the whole prompt's queries alive
-    return Queries(new.states[:, :, last].clone(), new.positions[last].clone(), new.valid[:, last].clone(), new.softmax)
+        new = joined(state, new)
+    return rows_from(new, max(new.positions.shape[0] - window, 0))
+
+
+def joined(old: Queries, new: Queries) -> Queries:
+    """The rows of both, in order."""
+    return Queries(
+        torch.cat([old.states, new.states], dim=2),
+        torch.cat([old.positions, new.positions]),
+        torch.cat([old.valid, new.valid], dim=1),
+        new.softmax,
+    )
+
+
+def rows_from(queries: Queries, first: int) -> Queries:
+    """The rows from number `first` on, copied: a slice would keep the whole prompt's queries alive."""
+    rest = slice(first, None)
+    states, positions, valid = queries.states[:, :, rest], queries.positions[rest], queries.valid[:, rest]
+    return Queries(states.clone(), positions.clone(), valid.clone(), queries.softmax)
 
 
 def attention_mass(queries: Queries, stored: KeyValues) -> Tensor:
@@ -58,6 +70,24 @@ def column_mass(queries: Queries, stored: KeyValues) -> Tensor:
         is_pad = ~queries.valid[:, None, rows, None]
         total[..., :visible] += probabilities.masked_fill(is_pad, 0.0).sum(2)
     return total
+
+
+def below_average(queries: Queries, stored: KeyValues) -> Tensor:
+    """For every key the number of valid rows that see it and pay it less than an even share, 1 / keys that they see.
+
+    Returns:
+        (B, Hq, N) float32 whole numbers. What equals the even share up to rounding is not below it.
+    """
+    batch, query_heads = queries.states.shape[:2]
+    kv_heads, tokens = stored.keys.shape[1:3]
+    counts = torch.zeros(batch, query_heads, tokens, device=queries.states.device)
+    for rows, visible, probabilities in attention_tiles(queries, stored):
+        where = stored.positions[:, :, None, :visible]
+        sees = stored.valid[:, :, None, :visible] & (where <= queries.positions[rows, None])
+        sees = (sees & queries.valid[:, None, rows, None]).repeat_interleave(query_heads // kv_heads, dim=1)
+        share = 1 / sees.sum(-1, keepdim=True).clamp_min(1)
+        counts[..., :visible] += (sees & (probabilities < share * (1 - EVEN))).sum(2)
+    return counts
 
 
 def attention_tiles(queries: Queries, stored: KeyValues) -> Iterator[tuple[slice, int, Tensor]]:
@@ -89,6 +119,23 @@ def attention_tiles(queries: Queries, stored: KeyValues) -> Iterator[tuple[slice
         logits = logits.view(batch, query_heads, len(positions), visible)
         bias = None if stored.bias is None else stored.bias[:, :, None, :visible].repeat_interleave(groups, dim=1)
         yield rows, visible, _softmax(logits, may_see.repeat_interleave(groups, dim=1), queries.softmax, bias)
+
+
+def bidirectional_mass(states: Tensor, keys: Tensor, valid: Tensor, softmax: Softmax) -> Tensor:
+    """Attention per key summed over the rows of one stretch of text in which every row sees every key.
+
+    Args:
+        states: (B, Hq, C, D). keys: (B, H, C, D). valid: (B, C) bool, tokens that are there.
+
+    Returns:
+        (B, Hq, C) float32; 0 where not valid.
+    """
+    batch, query_heads, count, dim = states.shape
+    real = valid[:, None, :, None]
+    grouped = states.float().masked_fill(~real, 0.0).reshape(batch, keys.shape[1], -1, dim)
+    logits = (grouped @ keys.float().masked_fill(~real, 0.0).transpose(-1, -2)).view(batch, query_heads, count, count)
+    rows = _softmax(logits, valid[:, None, None, :].expand_as(logits), softmax)
+    return rows.masked_fill(~real, 0.0).sum(2)
 
 
 def attention_rows(call: AttentionCall, rows: slice = slice(None)) -> Tensor:

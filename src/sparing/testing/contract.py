@@ -6,11 +6,13 @@ import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from sparing.core.actions import Drop
 from sparing.core.method import Method
 from sparing.errors import MethodRefusedError
-from sparing.testing.checks import batches, budgets, logits, refusals, scoring, traces
+from sparing.testing.checks import actions, batches, budgets, logits, refusals, scoring, traces, whole
 from sparing.testing.checks.common import MethodFactory
 from sparing.testing.models import TINY_MODELS
+from sparing.testing.planted import EXAMPLE, identity, with_measurements
 
 DEFAULT_MODEL = "llama"
 SOME_MODELS = ("llama", "gemma3", "deepseek_v3")
@@ -57,6 +59,7 @@ CHECKS: dict[str, Check] = {
             scoring.check_rows_do_not_mix,
             scoring.check_kv_heads_are_interchangeable,
             scoring.check_raising_a_score_keeps_the_token,
+            actions.check_actions_stay_in_their_head,
             refusals.check_wrong_budgets_are_refused,
             refusals.check_unsupported_models_are_refused,
         ),
@@ -65,6 +68,9 @@ CHECKS: dict[str, Check] = {
             budgets.check_kept_counts_match_the_budget,
             budgets.check_size_while_decoding,
             budgets.check_short_prompts_lose_nothing,
+            budgets.check_chunks_bound_memory,
+            budgets.check_any_scorer_decodes_at_its_size,
+            actions.check_weights_are_counts,
             logits.check_bfloat16_error_is_bounded,
             batches.check_generate_in_chunks,
             batches.check_turns_by_hand,
@@ -102,17 +108,30 @@ def models_for(check: Check, models: Iterable[str] = tuple(TINY_MODELS)) -> list
     return [name for name in models if check.models == "every" or name in SOME_MODELS]
 
 
+def fitting(check: Check, make: MethodFactory) -> Callable[..., None]:
+    """What runs for a method: methods that free nothing keep some promises in another way, which has its own check."""
+    parts = make(keep=0.5).parts()
+    if parts.frees:
+        return check.run
+    instead = whole.FREES_NOTHING | (whole.READS_A_PART if parts.reader is not None else {})
+    return instead.get(check.name, check.run)
+
+
 def run_check(check: Check, make: MethodFactory, model: str = DEFAULT_MODEL) -> None:
     """Run one check.
 
     A method may refuse a model by `MethodRefusedError` only for a reason that it declares: it needs keys before
-    rotation (`Scorer.needs_rotary`) or evicts at every step, and the model evicts whole tokens
-    (`TinyModel.whole_tokens`). Any other refusal fails the check.
+    rotation (`Scorer.needs_rotary`), evicts at every step, changes tokens or holds codes, and the model evicts whole
+    tokens (`TinyModel.whole_tokens`). Any other refusal fails the check.
+
+    A registered method that needs measurements gets planted ones, of the model's shape.
 
     Raises:
         AssertionError: the promise is broken. DeclaredRefusal: the method declares that it refuses this model.
     """
-    run = check.run if check.models == "none" else functools.partial(check.run, name=model)
+    make = with_measurements(make, EXAMPLE if check.models == "none" else identity(model))
+    run = fitting(check, make)
+    run = run if check.models == "none" else functools.partial(run, name=model)
     try:
         run(make)
     except MethodRefusedError as error:
@@ -123,7 +142,15 @@ def run_check(check: Check, make: MethodFactory, model: str = DEFAULT_MODEL) -> 
 
 def _declares_refusal(method: Method, model: str) -> bool:
     parts = method.parts()
-    return TINY_MODELS[model].whole_tokens and (parts.scorer.needs_rotary or parts.moment == "every_step")
+    if parts.action.needs_rotary and not TINY_MODELS[model].rotates:
+        return True
+    return TINY_MODELS[model].whole_tokens and (
+        parts.scorer.needs_rotary
+        or parts.moment != "prefill_end"
+        or method.is_compact
+        or type(parts.action) is not Drop
+        or parts.reader is not None
+    )
 
 
 def check_method(make: MethodFactory, models: Iterable[str] = tuple(TINY_MODELS)) -> list[str]:

@@ -42,6 +42,13 @@ class Prompt:
         """Left pads of every row."""
         return [int(n) for n in (self.mask == 0).sum(-1)]
 
+    def split(self, method: Method) -> list[Prompt]:
+        """The batch; for a method that replays prompts, every row on its own, with its pads."""
+        if not method.parts().scorer.replays:
+            return [self]
+        parts = [slice(row, row + 1) for row in range(self.ids.shape[0])]
+        return [Prompt(self.ids[part], self.mask[part], self.forced[part]) for part in parts]
+
     def row(self, index: int) -> Prompt:
         """One row on its own, without its pads."""
         part, first = slice(index, index + 1), self.pads[index]

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from sparing.adapters.cache import EvictingCache
 from sparing.core.plan import Plan
+from sparing.core.scorer import KeyValues
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
@@ -50,6 +51,18 @@ def held_positions(cache: EvictingCache) -> dict[int, list[list[Tensor]]]:
             for row in range(rows)
         ]
     return held
+
+
+def held_tokens(cache: EvictingCache) -> dict[int, KeyValues]:
+    """Copies of what the cache really holds: layer index → keys, values, biases, positions."""
+    pairs = zip(cache.structure.full_layers, cache.evicting, strict=True)
+    return {index: layer.stored_tokens() for index, layer in pairs}
+
+
+def is_exact(cache: EvictingCache) -> bool:
+    """True if what the cache holds is a part of the tokens, unchanged."""
+    method = cache.method
+    return method is None or (method.parts().action.is_exact and not method.is_compact)
 
 
 def trace(model: PreTrainedModel) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class TinyModel:
         settings: builds the configuration's fields, on top of the common ones.
         whole_tokens: True if it caches something else than what its attention sees (latent attention), so that
             only whole tokens can be evicted. Methods that need keys per head may refuse it.
+        rotates: True if its keys are cached rotated, so that they can be turned to other positions.
         recurrent: True if some layers carry a state instead of keys, so that chunks and pads pass through them.
         tolerance: how well float64 logits agree with a reference in float64; larger where the model itself
             falls back to float32.
@@ -36,6 +37,7 @@ class TinyModel:
     model_type: str
     settings: Callable[[], dict[str, Any]]
     whole_tokens: bool = False
+    rotates: bool = True
     recurrent: bool = False
     tolerance: float = 1e-9
 
@@ -66,7 +68,7 @@ _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def _gpt2() -> dict[str, Any]:
-    return {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_inner": 48}
+    return {"n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 1024, "n_inner": 48}
 
 
 def _deepseek() -> dict[str, Any]:
@@ -107,7 +109,7 @@ TINY_MODELS: dict[str, TinyModel] = {
             "sliding_window": None,
         },
     ),
-    "gpt2": TinyModel("gpt2", _gpt2),
+    "gpt2": TinyModel("gpt2", _gpt2, rotates=False),
     "mixtral": TinyModel("mixtral", lambda: {**_EXPERTS, "sliding_window": None}),
     "gpt_oss": TinyModel(
         "gpt_oss",
@@ -115,7 +117,7 @@ TINY_MODELS: dict[str, TinyModel] = {
         tolerance=1e-5,  # eager attention, whose softmax is in float32
     ),
     "deepseek_v3": TinyModel("deepseek_v3", _deepseek, whole_tokens=True, tolerance=1e-5),
-    "jamba": TinyModel("jamba", _jamba, recurrent=True, tolerance=1e-5),
+    "jamba": TinyModel("jamba", _jamba, rotates=False, recurrent=True, tolerance=1e-5),
     "qwen3_next": TinyModel("qwen3_next", _qwen3_next, recurrent=True, tolerance=1e-5),
 }
 

@@ -89,7 +89,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method at one budget over all cells of a section."""
+    """One method at one budget over all cells of a section.
+
+    `share`: of the bytes, what was kept. `read`: of what was kept, what a decoded token read; None for all of it.
+    """
 
     method: str
     keep: Any
@@ -98,6 +101,7 @@ class Entry:
     average: Estimate | None
     worst: tuple[Cell, Point] | None
     share: float | None
+    read: float | None
     lost: int
     questions: int
     prefill_s: float | None
@@ -130,6 +134,11 @@ class Section:
     methods: list[str]
     timed_length: int | None
     warnings: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def has_readers(self) -> bool:
+        """True if a method reads only a part of what it keeps."""
+        return any(entry.read is not None for entry in self.entries)
 
     @property
     def contexts(self) -> int:
@@ -248,6 +257,7 @@ def _entry(
         average=_average([point.estimate for _, point in scored]) if complete else None,
         worst=min(scored, key=lambda item: item[1].estimate.score) if complete else None,
         share=sum(point.bytes_kept for point in points.values()) / total_full if total_full > 0 else None,
+        read=_mean(row.get("read_share") for row in rows),
         lost=sum(point.lost for cell, point in scored if cell.metric != PERPLEXITY),
         questions=sum(point.questions for cell, point in scored if cell.metric != PERPLEXITY),
         prefill_s=_mean(point.prefill_s for point in longest),

@@ -13,15 +13,18 @@ LEFT = ("on task",)
 
 def standing(section: Section, order: Sequence[str]) -> str:
     """Average and worst task of every method and budget."""
-    head = _head("keep", "method", "average, 95 % interval", "", "worst", "on task", "answers lost", "bytes kept")
+    names = ["keep", "method", "average, 95 % interval", "", "worst", "on task", "answers lost", "bytes kept"]
+    head = _head(*names, *["of it read"] * section.has_readers)
     body = []
     if section.full is not None:
-        body.append(f"<tbody><tr>{_group('full', 1)}{_standing_cells(section.full, order)}</tr></tbody>")
+        body.append(
+            f"<tbody><tr>{_group('full', 1)}{_standing_cells(section.full, order, section.has_readers)}</tr></tbody>"
+        )
     for budget in section.budgets:
         rows = []
         for number, entry in enumerate(budget.entries):
             group = _group(budget.label, len(budget.entries)) if number == 0 else ""
-            rows.append(f"<tr>{group}{_standing_cells(entry, order)}</tr>")
+            rows.append(f"<tr>{group}{_standing_cells(entry, order, section.has_readers)}</tr>")
         body.append(f"<tbody>{''.join(rows)}</tbody>")
     caption = (
         "Best average first within each budget. The dot is the average, the band its 95 % interval, the "
@@ -31,10 +34,11 @@ def standing(section: Section, order: Sequence[str]) -> str:
     return _table(caption, head, body, "standing")
 
 
-def _standing_cells(entry: Entry, order: Sequence[str]) -> str:
+def _standing_cells(entry: Entry, order: Sequence[str], has_readers: bool) -> str:
     name = _method(entry.method, order)
     lost = f"{entry.lost} of {entry.questions}" if entry.questions else words.NO_VALUE
     share = f'<td class="n">{words.percent(entry.share)}</td>'
+    share += f'<td class="n">{words.read(entry.read)}</td>' if has_readers else ""
     if entry.average is None or entry.worst is None:
         empty = '<td class="quiet" colspan="4">no average: no task counts, or not all have run</td>'
         return f'{name}{empty}<td class="n">{lost}</td>{share}'

@@ -31,6 +31,11 @@ def percent(share: float | None) -> str:
     return f"{value:.0f} %" if short else f"{value:.1f} %"
 
 
+def read(share: float | None) -> str:
+    """What a decoded token reads of what is kept."""
+    return "all" if share is None else percent(share)
+
+
 def byte_size(value: float | None) -> str:
     """1536 → "1.5 KiB"."""
     if value is None:
@@ -132,6 +137,13 @@ def _unequal(budget: Budget) -> str:
     (least, thrifty), (most, greedy) = min(known), max(known)
     if most - least <= SAME_BUDGET:
         return ""
+    readers = [entry.method for entry in budget.entries if entry.read is not None]
+    if readers:
+        verb = "free" if len(readers) > 1 else "frees"
+        reading = f"{names(readers)} {verb} no memory and only read{'' if len(readers) > 1 else 's'} less"
+        rest = [pair for pair in known if pair[1] not in readers]
+        if not rest or max(rest)[0] - min(rest)[0] <= SAME_BUDGET:
+            return f"not an even comparison: {reading}"
     return f"not an even comparison: {greedy} kept {percent(most)} of the bytes, {thrifty} {percent(least)}"
 
 

@@ -10,9 +10,13 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparing.kernels.compact import CompactStore
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 _LIBRARY = Path(__file__).parent / "libsparing_kernels.so"
@@ -28,10 +32,15 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError:
         return None
+    if not hasattr(library, "sparing_has_coded_kernel"):  # built from older sources
+        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.sparing_ragged_decode.argtypes = [
         number, number, number, number, number, number, pointer, pointer, pointer, pointer, pointer, pointer,
         ctypes.c_float, pointer, pointer,
+    ]  # fmt: skip
+    library.sparing_coded_decode.argtypes = [
+        *[number] * 7, *[pointer] * 10, ctypes.c_float, pointer, pointer,
     ]  # fmt: skip
     return library
 
@@ -82,16 +91,76 @@ def ragged_decode(
         (lanes, G, D) in the queries' dtype, and (lanes, G) float32 log-sum-exps, by which partial results are merged.
         Computed in float32 on `torch.get_num_threads()` threads.
     """
+    exact = queries.float().contiguous()
+    out, lse = _ragged_decode(exact, keys, values, starts, lengths, scaling, bias, instruction_set)
+    return out.to(queries.dtype), lse
+
+
+def _ragged_decode(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    instruction_set: str | None,
+) -> tuple[Tensor, Tensor]:
     library = _library()
     assert library is not None, status()
     lanes, group, dim = queries.shape
-    exact = queries.float().contiguous()
     out, lse = torch.empty(lanes, group, dim), torch.empty(lanes, group)
-    isa = library.sparing_best_isa() if instruction_set is None else INSTRUCTION_SETS.index(instruction_set)
     failed = library.sparing_ragged_decode(
-        isa, torch.get_num_threads(), lanes, group, dim, keys.dtype == torch.bfloat16, exact.data_ptr(),
-        keys.data_ptr(), values.data_ptr(), None if bias is None else bias.data_ptr(), starts.data_ptr(),
-        lengths.data_ptr(), scaling, out.data_ptr(), lse.data_ptr(),
+        _isa(instruction_set), torch.get_num_threads(), lanes, group, dim, keys.dtype == torch.bfloat16,
+        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), _pointer(bias), starts.data_ptr(), lengths.data_ptr(),
+        scaling, out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
     assert not failed, f"no kernel for head size {dim}, group {group}"
+    return out, lse
+
+
+def can_decode_coded(queries: Tensor, store: CompactStore) -> bool:
+    """True if there is a kernel for these queries (lanes, G, D) over codes and the window behind them."""
+    library, bits, pages = _library(), store.coding.bits, store.pages
+    if library is None or bits is None or store.coding.channels is not None:
+        return False
+    group, page = queries.shape[1], 16 if pages is None else pages.positions.shape[1]
+    has_kernel = bool(library.sparing_has_coded_kernel(store.dims[0], group, bits, page))
+    return has_kernel and can_decode(queries, store.window.keys, store.window.values, group)
+
+
+def coded_decode(
+    queries: Tensor, store: CompactStore, scaling: float, instruction_set: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `ragged_decode`, over a window and the coded tokens before it.
+
+    A page's key scales are folded into the query once, its zeros add a number to every logit, and a token's value scale
+    and zero go into its weight: codes are widened, never decoded.
+    """
+    library, pages, window = _library(), store.pages, store.window
+    assert library is not None, status()
+    exact = queries.float().contiguous()
+    out, lse = _ragged_decode(
+        exact, window.keys, window.values, window.starts, window.lengths, scaling, window.bias, instruction_set
+    )
+    if pages is not None:
+        lanes, group, dim = queries.shape
+        parts = (pages.keys, pages.key_scales, pages.key_zeros, pages.values, pages.value_scales, pages.value_zeros)
+        failed = library.sparing_coded_decode(
+            _isa(instruction_set), torch.get_num_threads(), lanes, group, dim, store.coding.bits, pages.keys.shape[1],
+            exact.data_ptr(), *map(_pointer, parts), _pointer(pages.bias), pages.counts.data_ptr(),
+            store.first_pages.data_ptr(), scaling, out.data_ptr(), lse.data_ptr(),
+        )  # fmt: skip
+        assert not failed, f"no kernel for head size {dim}, group {group}"
     return out.to(queries.dtype), lse
+
+
+def _isa(name: str | None) -> int:
+    library = _library()
+    assert library is not None, status()
+    best: int = library.sparing_best_isa()
+    return best if name is None else INSTRUCTION_SETS.index(name)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -16,12 +16,37 @@ struct Job {
     float scale;
 };
 
+// Keys and values as codes of 8 or 4 bits in pages of `page` slots; x = zero + scale * code. A page's slots from its
+// count on are empty, with finite scales and zeros.
+struct CodedJob {
+    const float *queries;       // (lanes, group, dim)
+    const uint8_t *keys;        // (pages, page, dim * bits / 8)
+    const float *key_scales;    // (pages, dim)
+    const float *key_zeros;     // (pages, dim)
+    const uint8_t *values;      // (pages, page, dim * bits / 8)
+    const float *value_scales;  // (pages, page)
+    const float *value_zeros;   // (pages, page)
+    const float *bias;          // (pages, page); may be null
+    const int64_t *counts;      // (pages)
+    float scale;
+    int page;
+};
+
 using ChunkFunction = void (*)(const Job &, int lane, int64_t start, int n, float *out, float *maximum, float *total);
 
-namespace portable { ChunkFunction choose(int dim, int group, bool is_bfloat16); }
+// The same for the pages from `first` on that hold n slots together, at least one of them a token.
+using CodedFunction = void (*)(const CodedJob &, int lane, int64_t first, int n, float *out, float *maximum,
+                               float *total);
+
+#define SPARING_DECLARE(isa)                                             \
+    namespace isa {                                                      \
+    ChunkFunction choose(int dim, int group, bool is_bfloat16);          \
+    CodedFunction choose_coded(int dim, int group, int bits);            \
+    }
+SPARING_DECLARE(portable)
 #ifdef SPARING_X86
-namespace avx2 { ChunkFunction choose(int dim, int group, bool is_bfloat16); }
-namespace avx512 { ChunkFunction choose(int dim, int group, bool is_bfloat16); }
+SPARING_DECLARE(avx2)
+SPARING_DECLARE(avx512)
 #endif
 
 }  // namespace sparing

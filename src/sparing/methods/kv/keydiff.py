@@ -7,8 +7,8 @@ Ranks: kv_token, by the key alone, as cached (rotated):
 Cost: O(n d). Known limit: everything near the common direction goes, the sinks too where their keys are common.
 
 Deviations:
-1. One shot at the end of the prompt. The paper also applies it block by block under a fixed size, where earlier
-   evictions move the anchor.
+1. One shot at the end of the prompt. `moment="chunk_end"` is the paper's block by block: after every chunk the anchor
+   is that of what is left.
 2. The `recent` most recent tokens are protected; `recent=0` gives the paper's rule.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparing.core.allocate import Uniform
-from sparing.core.method import Method, Parts, register
+from sparing.core.method import Method, Moment, Parts, register
 from sparing.core.scorer import KeyValues, Scorer
 from sparing.errors import require
 from sparing.measures.keys import mean_direction
@@ -51,10 +51,16 @@ class KeyDifference(Scorer):
 @register("keydiff", paper="2504.15364", summary="the tokens whose keys differ most from the mean key")
 @dataclass(frozen=True)
 class KeyDiff(Method):
-    """Distinctive keys. `recent`: newest tokens that are protected (16; 0 as in the paper)."""
+    """Distinctive keys.
+
+    Attributes:
+        recent: newest tokens that are protected (16; 0 as in the paper).
+        moment: "chunk_end" evicts block by block; "every_step" keeps the cache at its size while decoding.
+    """
 
     recent: int = 16
+    moment: Moment = "prefill_end"
 
     def parts(self) -> Parts:
         """See `Method.parts`."""
-        return Parts(KeyDifference(self.recent), Uniform())
+        return Parts(KeyDifference(self.recent), Uniform(), self.moment)

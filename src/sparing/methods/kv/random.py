@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from sparing.core.allocate import Uniform
 from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Scorer
+from sparing.measures.draws import uniform
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,7 @@ class RandomScore(Scorer):
 
     def score(self, state: Any, stored: KeyValues) -> Tensor:
         """See `Scorer.score`."""
-        positions = stored.true_positions
-        heads, length = positions.shape[1], int(positions.max()) + 1
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + stored.layer)
-        # Positions come first, so a longer prompt draws the same numbers for its beginning.
-        table = torch.rand(length, heads, generator=generator).T.to(positions.device)
-        return table.expand(positions.shape[0], -1, -1).gather(-1, positions)
+        return uniform(stored, self.seed)
 
 
 @register("random", paper="-", summary="tokens drawn at random, the baseline that every score has to beat")

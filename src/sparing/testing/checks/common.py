@@ -20,6 +20,15 @@ class MethodFactory(Protocol):
         ...
 
 
+def least_held(method: Method, limit: int) -> int:
+    """What a head with room for `limit` tokens is brought down to when decoding has filled it."""
+    parts = method.parts()
+    if parts.moment != "every_step":
+        return limit
+    dropped = max(int(parts.period * limit), 1) if isinstance(parts.period, float) else parts.period
+    return max(limit - dropped + 1, 1)
+
+
 def assert_raises(errors: type[BaseException], act: Callable[[], Any], what: str) -> BaseException:
     """Assert that `act()` raises one of ours, and return it."""
     try:

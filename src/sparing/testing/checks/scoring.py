@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -33,8 +34,42 @@ def example(rows: int = 1, tokens: int = 48, pads: tuple[int, ...] = (), seed: i
 
 
 def score(scorer: Scorer, queries: Queries, stored: KeyValues) -> Tensor:
-    """Scores of the example, read in one call."""
-    return scorer.score(scorer.observe(None, queries, stored), stored)
+    """Scores of the example, read in one call; with a replay of each row, if the scorer asks for one."""
+    if not scorer.replays:
+        return scorer.score(scorer.observe(None, queries, stored), stored)
+    rows = []
+    for row in range(stored.keys.shape[0]):  # one sequence at a time, as caches do
+        asked, held = one_row(queries, stored, row)
+        rows.append(scorer.score(replayed(scorer, scorer.observe(None, asked, held), asked, held), held))
+    return torch.cat(rows)
+
+
+def one_row(queries: Queries, stored: KeyValues, row: int) -> tuple[Queries, KeyValues]:
+    """One row of a batch, with its pads."""
+    part = slice(row, row + 1)
+    held = dataclasses.replace(
+        stored, keys=stored.keys[part], values=stored.values[part], valid=stored.valid[part],
+        positions=stored.positions[part], pads=stored.pads[part],
+    )  # fmt: skip
+    return dataclasses.replace(queries, states=queries.states[part], valid=queries.valid[part]), held
+
+
+def replayed(scorer: Scorer, state: Any, queries: Queries, stored: KeyValues) -> Any:
+    """The state after all passes over one row, whose replayed tokens have the queries and keys of the originals."""
+    pad, last = int(stored.pads[0]), int(queries.positions[-1])
+    real = last + 1 - pad
+    for each in scorer.replay(range(real)):
+        count = len(each.ids)
+        origin = pad + torch.tensor(each.ids) % real
+        positions = torch.arange(last + 1, last + 1 + count)
+        new = {name: getattr(stored, name)[:, :, origin] for name in ("keys", "values")}
+        new |= {"valid": torch.ones_like(stored.valid[:, :, origin])}
+        new |= {"positions": positions.expand_as(new["valid"])}
+        longer: dict[str, Any] = {name: torch.cat([getattr(stored, name), t], dim=2) for name, t in new.items()}
+        there = torch.ones(1, count, dtype=torch.bool)
+        asked = Queries(queries.states[:, :, origin], positions, there, queries.softmax)
+        state = scorer.observe_replay(state, asked, dataclasses.replace(stored, **longer), each)
+    return state
 
 
 def check_fields_are_stored_unchanged(make: MethodFactory) -> None:
@@ -57,6 +92,10 @@ def check_fields_are_stored_unchanged(make: MethodFactory) -> None:
 
 def _rebuilt(method: Method) -> Any:
     names = {name: getattr(sparing, name) for name in sparing.__all__ if not name.startswith("_")}
+    # A measurement is too long to be written out: its repr names it, and only that very one answers to the name.
+    named = {(scores.scorer, scores.digest): scores for scores in method.measurements}
+    names["Scores"] = lambda scorer, digest: named[scorer, digest]
+    hidden = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if not field.repr}
     parts = method.parts()
     for part in (
         method,
@@ -68,6 +107,8 @@ def _rebuilt(method: Method) -> Any:
     ):
         kind = part if isinstance(part, type) else type(part)
         names[kind.__name__] = kind
+    # What no text could stand for (a model) is left out of the repr, and given again.
+    names[type(method).__name__] = functools.partial(type(method), **hidden)
     return eval(repr(method), names)
 
 
@@ -142,14 +183,18 @@ def _orders_by_position(scorer: Scorer, got: Tensor, wanted: Tensor) -> bool:
 
 
 def check_kv_heads_are_interchangeable(make: MethodFactory) -> None:
-    """Permuting KV heads, with their query heads, permutes the scores; only scores without data may stay put."""
-    scorer = make(keep=0.5).parts().scorer
+    """Permuting KV heads, with their query heads, permutes the scores; only scores without data may stay put.
+
+    What a method knows of a model from measurements is permuted likewise.
+    """
+    method = make(keep=0.5)
+    scorer = method.parts().scorer
     queries, stored = example(rows=2)
     order = torch.tensor([2, 0, 1])
     query_order = (order[:, None] * GROUPS + torch.arange(GROUPS)).flatten()
     plain = score(scorer, queries, stored)
     moved = score(
-        scorer,
+        _permuted(method, order).parts().scorer,
         dataclasses.replace(queries, states=queries.states[:, query_order]),
         dataclasses.replace(stored, keys=stored.keys[:, order], values=stored.values[:, order]),
     )
@@ -159,6 +204,22 @@ def check_kv_heads_are_interchangeable(make: MethodFactory) -> None:
         return
     scale = max(1.0, float(plain.abs().max()))
     assert_close(moved, plain[:, order], 1e-5 * scale, "scores after permuting KV heads")
+
+
+def _permuted(method: Method, kv_heads: Tensor) -> Method:
+    """The same method for a model whose KV heads, with their query heads, stand in another order."""
+    if not method.measurements:
+        return method
+    query_heads = (kv_heads[:, None] * GROUPS + torch.arange(GROUPS)).flatten()
+    orders = {"kv_head": kv_heads, "head": query_heads}
+    measured = []
+    for scores in method.measurements:
+        values = scores.values
+        for axis, name in enumerate(scores.axes):
+            values = values.index_select(axis, orders[name]) if name in orders else values
+        measured.append(dataclasses.replace(scores, values=values))
+    changes: dict[str, Any] = {"scores": tuple(measured)}
+    return dataclasses.replace(method, **changes)
 
 
 def check_raising_a_score_keeps_the_token(make: MethodFactory) -> None:

@@ -1,0 +1,186 @@
+"""Attention of one decoded token alone: ragged lanes and codes, against the dense cache's SDPA.
+
+One layer, random tensors, no model. The dense baseline is scaled_dot_product_attention over all tokens with the query
+heads of a group packed as rows, which is how transformers decodes. Lanes are uneven, as per-head budgets make them.
+Every contestant has as many copies of its cache as make 128 MiB and takes the next one at every call, so that nothing
+is read from the processor's own caches. All take turns in every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+import torch
+from common import (
+    DTYPES,
+    Time,
+    command,
+    hardware,
+    header_text,
+    median_ratio,
+    medians,
+    read_bandwidth,
+    table,
+    timed,
+    use_threads,
+    versions,
+    write,
+)
+from torch.nn import functional as F
+
+import sparing
+from sparing.core.budget import round_to_total
+from sparing.core.scorer import Softmax
+from sparing.kernels import native
+from sparing.kernels.attend import attend
+from sparing.kernels.compact import CompactStore, Store
+from sparing.kernels.ragged import RaggedStore
+
+SPREAD = 1.2  # per-head budgets lie between e^-1.2 and e^1.2 times their (geometric) middle
+COLD = 2**27
+
+
+@dataclass
+class Contestant:
+    """One way to attend, and what was measured of it."""
+
+    name: str
+    bytes: int
+    calls: list[Callable[[], Any]]
+    times: list[Time] = field(default_factory=list)
+    turn: int = 0
+
+    def run(self, count: int) -> None:
+        """Call so many times, each on the next copy."""
+        self.times.append(timed(lambda: [self._next()() for _ in range(count)]))
+
+    def _next(self) -> Callable[[], Any]:
+        self.turn += 1
+        return self.calls[self.turn % len(self.calls)]
+
+
+def contestant(name: str, size: int, copy: Callable[[], Any], call: Callable[[Any], Any]) -> Contestant:
+    """One with enough copies of its cache."""
+    copies = [copy() for _ in range(max(math.ceil(COLD / size), 2))]
+    return Contestant(name, size, [lambda mine=mine: call(mine) for mine in copies])
+
+
+def contestants(args: argparse.Namespace, dtype: torch.dtype) -> list[Contestant]:
+    """The dense cache, and ragged lanes and codes at every budget."""
+    keys, values, query = tensors(args, dtype)
+    grouped, softmax = query.view(1, args.kv_heads, -1, args.dim), Softmax(args.dim**-0.5)
+
+    def sdpa(pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.scaled_dot_product_attention(grouped, *pair, scale=softmax.scaling)
+
+    size = keys.nbytes + values.nbytes
+    found = [contestant("dense", size, lambda: (keys.clone(), values.clone()), sdpa)]
+    for keep in args.keep:
+        plain = ragged(args, keys, values, keep)
+        stores: dict[str, Store] = {"ragged": plain}
+        stores |= {f"{bits} bits": CompactStore.pack(plain.clone(), bits) for bits in (8, 4)}
+        found += [
+            contestant(f"{name} {keep:g}", store.nbytes, store.clone, lambda mine: attend(query, mine, softmax))
+            for name, store in stores.items()
+        ]
+    return found
+
+
+def ragged(args: argparse.Namespace, keys: torch.Tensor, values: torch.Tensor, keep: float) -> RaggedStore:
+    """Lanes of uneven length."""
+    heads = args.kv_heads
+    weights = torch.tensor([math.exp(SPREAD * (2 * head / (heads - 1) - 1)) for head in range(heads)])
+    lengths = round_to_total(weights, int(keep * args.tokens + 0.5) * heads, high=args.tokens).tolist()
+    positions = torch.arange(args.tokens).expand(1, heads, -1)
+    return RaggedStore.pack([[torch.arange(n) for n in lengths]], keys, values, positions, None)
+
+
+def tensors(args: argparse.Namespace, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Random keys, values and a query."""
+    g = torch.Generator().manual_seed(args.seed)
+    keys, values = (torch.randn(1, args.kv_heads, args.tokens, args.dim, generator=g).to(dtype) for _ in range(2))
+    return keys, values, torch.randn(1, args.heads, 1, args.dim, generator=g).to(dtype)
+
+
+def measure(args: argparse.Namespace, dtype: torch.dtype, bandwidth: float) -> list[dict[str, Any]]:
+    """A row per contestant."""
+    found = contestants(args, dtype)
+    for each in found:
+        each.run(1)
+        each.times.clear()
+    for number in range(args.rounds):
+        for each in found if number % 2 == 0 else reversed(found):
+            each.run(args.calls)
+    rows = []
+    for each in found:
+        times = medians(each.times, args.calls)
+        rate = each.bytes / times["cpu_ms"] * 1000
+        row = {"name": each.name, **times, "bytes": each.bytes, "gb_per_s": rate / 1e9, "of_read": rate / bandwidth}
+        row["speed"] = 1 / median_ratio(each.times, found[0].times)
+        row["rounds"] = [[time.wall, time.cpu] for time in each.times]
+        rows.append(row)
+    return rows
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as text."""
+    shape = result["shape"]
+    parts = [
+        header_text("Attention of one decoded token", result),
+        f"- One layer, {shape['heads']} query heads, {shape['kv_heads']} KV heads of {shape['dim']}, "
+        f"{shape['tokens']} tokens; {result['rounds']} rounds of {result['calls']} calls; {native.status()}",
+        f"- Read bandwidth of one thread (best of 7 sums over 256 MiB, CPU time): {result['bandwidth'] / 1e9:.1f} GB/s",
+        "- Speed is the median over the rounds of the dense cache's CPU time / the contestant's",
+        "",
+    ]
+    for dtype, rows in result["dtypes"].items():
+        cells = [
+            [r["name"], f"{r['cpu_ms']:.2f}", f"{r['bytes'] / 2**20:.1f}", f"{r['speed']:.2f}", f"{r['gb_per_s']:.1f}",
+             f"{r['of_read']:.0%}"] for r in rows
+        ]  # fmt: skip
+        header = ["cache, keep", "CPU ms", "MiB", "× dense", "GB/s", "of read limit"]
+        parts += [f"## {dtype}", "", table(header, cells), ""]
+    return "\n".join(parts)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.9, 1.0])
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--calls", type=int, default=4, help="per round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="kernel", help="topic in the names of the result files")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Run and write the results."""
+    args = parse()
+    use_threads(args.threads)
+    bandwidth = read_bandwidth()
+    dtypes = {name: measure(args, DTYPES[name], bandwidth) for name in args.dtype}
+    result = {
+        "hardware": hardware(),
+        "versions": versions("torch", "transformers") | {"sparing": sparing.__version__},
+        "command": command(), "seed": args.seed, "date": str(date.today()), "rounds": args.rounds,
+        "calls": args.calls, "bandwidth": bandwidth, "kernel": native.status(), "dtypes": dtypes,
+        "shape": {name: getattr(args, name) for name in ("heads", "kv_heads", "dim", "tokens")},
+    }  # fmt: skip
+    write(args.name, result, markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""A sweep with a method that reads a part: its rows say how much, and that nothing was freed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sparing
+from sparing.compare.loading import load_model
+from sparing.compare.store import ResultStore
+from sparing.compare.sweep import Cell, Contestant, Sweep
+from sparing.tasks import registry
+
+
+def test_rows_say_what_was_read(tmp_path: Path) -> None:
+    methods = {"quest": sparing.Quest(keep=0.25), "snapkv": sparing.SnapKV(keep=0.25)}
+    cells = [Cell(registry.get(task), "query-agnostic", 256) for task in ("needle_single", "perplexity")]
+    with ResultStore(tmp_path) as store:
+        contestants = [Contestant(name, method) for name, method in methods.items()]
+        Sweep(load_model("bundled"), contestants, samples=1, seed=0, store=store).run(cells)
+        rows = store.rows()
+    assert len(rows) == 6
+    for row in rows:
+        if row["method"] == "quest":
+            assert 0.24 < row["read_share"] < 0.26
+            # Two numbers of every channel per page of 16 keys, beside the keys themselves.
+            assert 1 < row["bytes_kept"] / row["bytes_full"] < 1.08
+        else:
+            assert row["read_share"] is None

@@ -1,0 +1,52 @@
+"""Methods that replay prompts, in a comparison: each pays for its own replay, once per budget, and for no other's."""
+
+import time
+
+import pytest
+import torch
+
+from sparing import KVzip, SnapKV, SpecKV, use
+from sparing.compare.engine import FULL, Engine
+from sparing.compare.loading import LoadedModel
+from sparing.methods.kv.kvzip import Reconstruction
+from sparing.testing import random_prompt, run_method, tiny_model
+
+torch.set_num_threads(1)
+PAUSE = 0.2
+
+
+@pytest.fixture(name="engine")
+def tiny_engine():
+    model = tiny_model("llama", torch.float64)
+    loaded = LoadedModel("tiny", model, None, "tiny", 512)
+    with use(model, FULL) as session:
+        yield Engine(loaded, session)
+
+
+def test_every_budget_is_charged_for_the_replay_and_no_other_method_is(engine, monkeypatch):
+    calls, replay = [], Reconstruction.replay
+
+    def slow(self, ids):
+        calls.append(len(ids))
+        time.sleep(PAUSE)
+        return replay(self, ids)
+
+    monkeypatch.setattr(Reconstruction, "replay", slow)
+    contestants = [SnapKV(0.5), KVzip(0.5), KVzip(0.25), SnapKV(0.25), FULL]
+    reading = engine.read(random_prompt(80).ids[0].tolist(), contestants)
+    assert reading.seconds < PAUSE
+    seconds = [engine.compress(reading, method).seconds - reading.seconds for method in contestants]
+    assert calls == [80]
+    assert [taken > PAUSE for taken in seconds] == [False, True, True, False, False]
+    assert max(seconds) < 2 * PAUSE
+
+
+def test_a_fork_is_what_a_cache_of_its_own_would_be(engine):
+    """Also of a prompt whose reading other scorers watched, and after other methods have replayed theirs."""
+    prompt = random_prompt(80)
+    methods = [SpecKV(0.5, draft=tiny_model("llama", torch.float64, seed=1), lookahead=5), KVzip(0.4, chunk=30)]
+    reading = engine.read(prompt.ids[0].tolist(), [*methods, SnapKV(0.5)])
+    forks = [engine.compress(reading, method).cache for method in [SnapKV(0.5), *methods]][1:]
+    for fork, method in zip(forks, methods, strict=True):
+        alone = run_method(tiny_model("llama", torch.float64), method, prompt)
+        assert {share for layer in fork.plan.overlap(alone.cache.plan) for share in layer} == {1.0}
