@@ -11,7 +11,6 @@ import torch
 
 from sparing import TOVA, Evict, Knorm, SnapKV
 from sparing.adapters.attach import Attachment
-from sparing.adapters.attention import CACHING
 from sparing.adapters.cache import EvictingCache
 from sparing.adapters.layers import EvictingLayer
 from sparing.core.allocate import Uniform
@@ -159,9 +158,9 @@ def leaves_a_hook_after_an_error(session, kind):
 
 def allows_nesting(patch):
     class Lenient:
-        def __init__(self, model):
+        def __init__(self, model, registration):
             try:
-                self.real: Attachment | None = Attachment(model, CACHING)
+                self.real: Attachment | None = Attachment(model, registration)
             except UnsupportedModelError:
                 self.real = None
 
@@ -204,8 +203,8 @@ def answers_without_attention(patch):
 def keeps_the_wrong_slot(patch):
     pack = RaggedStore.pack.__func__
 
-    def wrong(cls, kept, keys, values, positions, scores):
-        return pack(cls, kept, keys.roll(1, dims=2), values, positions, scores)
+    def wrong(cls, kept, keys, *others):
+        return pack(cls, kept, keys.roll(1, dims=2), *others)
 
     patch.setattr(RaggedStore, "pack", classmethod(wrong))
 
