@@ -100,6 +100,7 @@ BAD_EDIT = {
     "nothing to do": ({"--scale": None}, "one of --scale and --ablate"),
     "two things to do": ({"--ablate": "zero"}, "one of --scale and --ablate"),
     "no heads": ({"--heads": None}, "--heads, or --scores together with --top"),
+    "heads named twice": ({"--top": "1"}, "not both"),
     "heads that are none": ({"--heads": "2"}, "layer.head"),
     "heads that are words": ({"--heads": "two.one"}, "layer.head"),
     "a negative head": ({"--heads": "-1.0"}, "layer.head"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -195,3 +196,30 @@ def test_tops_that_are_none(top, refused, retrieval, tmp_path):
     refused(
         tmp_path, repr(float(top)) if top not in ("0", "half") else top, "agree", retrieval, retrieval, "--top", top
     )
+
+
+def test_the_page_and_the_picture_show_what_was_measured(sparing, retrieval, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra `plots`)")
+    files = {name: tmp_path / "new" / name for name in ("a.safetensors", "a.html", "a.png")}
+    shown = ("--html", files["a.html"], "--png", files["a.png"], "--against", retrieval)
+    done = sparing(*QUICK, "--out", files["a.safetensors"], *shown)
+    assert done.code == 0, done.err
+    page = files["a.html"].read_text("utf-8")
+    best = Scores.load(files["a.safetensors"]).ranked()[0]
+    assert f"Highest: layer {best[0]}, head {best[1]} (" in page
+    assert "sink_mass against retrieval" in page
+    assert "sparing score --scorer sink_mass" in page
+    assert files["a.png"].read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(files)
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused(tmp_path, "sparing[plots]", *QUICK, "--out", tmp_path / "a", "--png", tmp_path / "a.png")
+
+
+def test_a_comparison_with_other_units_is_refused_before_anything_is_measured(sparing, refused, tmp_path):
+    (tmp_path / "in").mkdir()
+    other = tmp_path / "in" / "timeline"
+    assert sparing("score", "--scorer", "waad_fai", "--samples", 1, "--length", 64, "--out", other).code == 0
+    refused(tmp_path, "layer × head", *QUICK, "--out", tmp_path / "a", "--against", other)

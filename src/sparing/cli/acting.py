@@ -150,6 +150,9 @@ def _heads(scores: Path | None, top: str | None, heads: str | None, model: Any) 
     from sparing.core.scores import Scores
 
     if heads is not None:
+        if scores is not None or top is not None:
+            allowed = "--heads, or --scores together with --top, not both"
+            raise InvalidInputError("heads", heads, allowed)
         pairs = []
         for part in heads.split(","):
             layer, dot, head = part.strip().partition(".")
