@@ -21,6 +21,7 @@ from sparing.adapters.fingerprint import fingerprint
 from sparing.adapters.masks import LazyMask, lazy_mask
 from sparing.adapters.prefix import holds_keys_only, read_only
 from sparing.adapters.relevance import relevance_rules
+from sparing.adapters.structure import require_plain_cache
 from sparing.core.lens import Attend, AttentionCall, AttentionHook, Site, SiteHook
 from sparing.core.scorer import Softmax
 from sparing.core.scores import ModelIdentity
@@ -146,6 +147,7 @@ class ModelLens:
 
     def new_cache(self) -> Any:
         """See `core.lens.Lens.new_cache`."""
+        require_plain_cache(self.model)
         return DynamicCache(config=self.model.config)
 
     def prefix(self, ids: Tensor) -> Any:

@@ -45,9 +45,7 @@ def read_structure(model: nn.Module) -> Structure:
     if not model._can_set_attn_implementation():
         problem = "its attention does not go through transformers' AttentionInterface"
         raise UnsupportedModelError(name, problem, "use a model type that supports attn_implementation='sdpa'")
-    if getattr(model, "_is_stateful", False) and not hasattr(Cache, "has_previous_state"):
-        problem = "in this version of transformers its recurrent state needs a cache class of its own"
-        raise UnsupportedModelError(name, problem, "install a newer transformers")
+    require_plain_cache(model)
     layers = DynamicCache(config=model.config).layers
     full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     if not full:
@@ -57,3 +55,14 @@ def read_structure(model: nn.Module) -> Structure:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rotates, rotary = find_rotary(model, head_dim)
     return Structure(name, model.config, full, rotates, rotary)
+
+
+def require_plain_cache(model: nn.Module) -> None:
+    """Refuse a model whose state transformers' own `DynamicCache` cannot hold.
+
+    Raises:
+        UnsupportedModelError: a recurrent model, and an early transformers 5.
+    """
+    if getattr(model, "_is_stateful", False) and not hasattr(Cache, "has_previous_state"):
+        problem = "in this version of transformers its recurrent state needs a cache class of its own"
+        raise UnsupportedModelError(type(model).__name__, problem, "install a newer transformers")
