@@ -17,7 +17,7 @@ from torch import Tensor
 from sparing.adapters.fold import fold_into
 from sparing.adapters.lens import ModelLens
 from sparing.core.edits import AblateHeads, Ablation, Head, HeadEdit
-from sparing.errors import InvalidInputError, OutputError
+from sparing.errors import InvalidInputError, OutputError, require
 from sparing.measures.batches import pad_left
 from sparing.methods.heads.uniform_heads import UniformHeads
 
@@ -109,7 +109,13 @@ def head_outputs(model: Any, samples: Sequence[Any], tokens: int = 512, seed: in
 
     Args:
         samples: objects with `ids`, e.g. of `sparing.tasks.probes.text_samples`.
+        tokens: how many are drawn, without repetition; all of them if there are fewer.
+
+    Raises:
+        InvalidInputError: no samples, or no tokens.
     """
+    require(len(samples) >= 1, "samples", "none", "at least one")
+    require(tokens >= 1, "tokens", tokens, "a whole number >= 1")
     lens = ModelLens(model)
     ids, mask = pad_left([sample.ids for sample in samples])
     found: list[list[Tensor]] = [[] for _ in range(lens.num_layers)]

@@ -23,10 +23,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class SparingError(Exception):
     """Base of all errors raised on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors come back from worker processes. By default Python would call the class with the whole message.
+        return _remade, (type(self), self.args, self.__dict__)
 
 
 class InvalidInputError(SparingError, ValueError):
@@ -124,6 +129,12 @@ def require(holds: bool, what: str, got: object, allowed: str, fix: str = "") ->
     """Raise `InvalidInputError` unless `holds`; write conditions so that nan fails them."""
     if not holds:
         raise InvalidInputError(what, got, allowed, fix)
+
+
+def _remade(kind: type[SparingError], args: tuple[Any, ...], fields: dict[str, Any]) -> SparingError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 def _sentence(text: str, fix: str) -> str:

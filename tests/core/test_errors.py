@@ -1,6 +1,7 @@
 """Errors: one family, and messages that hold what, got, allowed and the fix."""
 
 import inspect
+import pickle
 
 import pytest
 
@@ -48,6 +49,15 @@ def test_messages_are_one_line_with_the_fix_last(kind):
     assert "\n" not in str(error)
     assert error.fix
     assert str(error).endswith(f"; {error.fix}")
+
+
+@pytest.mark.parametrize("kind", EXAMPLES, ids=lambda c: c.__name__)
+def test_errors_travel_between_processes_whole(kind):
+    error = EXAMPLES[kind]
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is kind
+    assert str(back) == str(error)
+    assert vars(back) == vars(error)
 
 
 def test_what_got_and_allowed():

@@ -16,7 +16,7 @@ from sparing.core.scores import ModelIdentity, Scores, load_scores, save_scores
 from sparing.errors import InputFileError, InvalidInputError, ScoresMismatchError, SparingError, UnknownNameError
 from sparing.session import use
 from sparing.testing import CHECKS, TINY_MODELS, run_check, tiny_model
-from sparing.testing.planted import planted_scores
+from sparing.testing.measurements import planted_scores
 
 MODEL = ModelIdentity("mine", "LlamaForCausalLM", 2, 4, 2, 8, "abc")
 ECHO, INDUCTION = (planted_scores(name, MODEL) for name in ("echo", "induction"))

@@ -8,7 +8,7 @@ from oracles import PlainRotary, random_case
 
 from sparing.core.method import methods
 from sparing.core.scores import ModelIdentity
-from sparing.testing.planted import with_measurements
+from sparing.testing.measurements import with_measurements
 
 # Two layers of two KV heads with two query heads each, as the cases here have.
 MODEL = ModelIdentity("case", "Case", 2, 4, 2, 8, "case")

@@ -38,10 +38,10 @@ def fold_into(lens: ModelLens, edits: Sequence[HeadEdit]) -> None:
 
 
 def _composed(lens: ModelLens, edits: Sequence[HeadEdit], layer: int) -> tuple[Tensor, Tensor]:
-    """The edits of a layer, the last one first as in nested blocks, as one factor and shift per head."""
+    """The edits of a layer, in their order as in nested blocks, as one factor and shift per head."""
     factors = torch.ones(lens.num_heads, dtype=torch.float64)
     shifts = torch.zeros(lens.num_heads, lens.head_dim, dtype=torch.float64)
-    for each in reversed(edits):
+    for each in edits:
         mine = each.scale_and_shift(layer, lens.num_heads, lens.head_dim)
         if mine is None:
             allowed = "edits that scale or shift heads' outputs by fixed numbers"

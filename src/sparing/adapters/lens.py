@@ -19,7 +19,9 @@ from sparing.adapters.attention import base_attention
 from sparing.adapters.discovery import LensLayer, OnCall, discover, swapped
 from sparing.adapters.fingerprint import fingerprint
 from sparing.adapters.masks import LazyMask, lazy_mask
+from sparing.adapters.prefix import holds_keys_only, read_only
 from sparing.adapters.relevance import relevance_rules
+from sparing.adapters.structure import require_plain_cache
 from sparing.core.lens import Attend, AttentionCall, AttentionHook, Site, SiteHook
 from sparing.core.scorer import Softmax
 from sparing.core.scores import ModelIdentity
@@ -145,9 +147,21 @@ class ModelLens:
 
     def new_cache(self) -> Any:
         """See `core.lens.Lens.new_cache`."""
+        require_plain_cache(self.model)
         return DynamicCache(config=self.model.config)
 
-    def forward_from(self, layer: int, residual: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
+    def prefix(self, ids: Tensor) -> Any:
+        """See `core.lens.Lens.prefix`."""
+        cache = self.new_cache()
+        if not ids.shape[1] or len(self.blocks) > self.num_layers or not holds_keys_only(cache, self.num_layers):
+            return None
+        with torch.no_grad():
+            self.forward(ids, last=1, cache=cache)
+        return read_only(cache)
+
+    def forward_from(
+        self, layer: int, residual: Tensor, mask: Tensor | None = None, last: int | None = None, cache: Any = None
+    ) -> Tensor:
         """See `core.lens.Lens.forward_from`; blocks before the layer are passed over."""
         if not 0 <= layer <= self.num_layers:
             raise InvalidInputError("layer", layer, f"0 to {self.num_layers}")
@@ -159,7 +173,7 @@ class ModelLens:
             if start == 0:
                 before = lambda module, args, kwargs: _with_input(args, kwargs, residual)  # noqa: E731
                 stack.enter_context(_removing(self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)))
-            return self.forward(ids, mask, last)
+            return self.forward(ids, mask, last, cache)
 
     def _pass_over(self, block: nn.Module, residual: Tensor | None) -> Callable[..., Any]:
         """A forward for the block that hands on the given residual stream, or what came in."""
@@ -215,7 +229,9 @@ def _attention_over(base: str) -> Callable[..., tuple[Tensor, None]]:
         for recorder in _recorders:
             recorder(module, query, key, value)
         number, hooks = _hooks.get(module, (-1, []))
-        call = AttentionCall(number, query, key, value, softmax, _visibility(module, query, key, attention_mask))
+        may_see = _visibility(module, query, key, attention_mask)
+        starts = _starts(key, attention_mask, may_see, kwargs)
+        call = AttentionCall(number, query, key, value, softmax, may_see, starts)
         chain: Attend = attend
         for hook in hooks:
             chain = _wrap(hook, chain)
@@ -247,6 +263,25 @@ def _visibility(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | No
         return (torch.arange(stored, device=query.device) <= at[:, None])[None, None]
 
     return causal
+
+
+def _starts(
+    key: Tensor, mask: Tensor | None, may_see: Callable[[slice], Tensor], kwargs: Mapping[str, Any]
+) -> Callable[[], Tensor]:
+    """→ which stored key is the first token of each sequence; negative if a sliding window has dropped it."""
+
+    def starts() -> Tensor:
+        if isinstance(mask, LazyMask):
+            pads = torch.zeros(1, dtype=torch.int64) if mask.padding is None else mask.padding.int().argmax(-1)
+            return (pads - mask.request.get("kv_offset", 0)).to(key.device)
+        positions = kwargs.get("position_ids")
+        if kwargs.get("sliding_window") is not None and positions is not None:  # no pads, or the mask would be lazy
+            return key.shape[2] - 1 - positions[:1, -1].to(key.device)
+        if mask is None:
+            return torch.zeros(1, dtype=torch.int64, device=key.device)
+        return may_see(slice(mask.shape[2] - 1, mask.shape[2]))[:, 0, 0].int().argmax(-1)
+
+    return starts
 
 
 def _site_hook(layer: LensLayer, site: Site, hook: SiteHook) -> AbstractContextManager[None]:

@@ -49,9 +49,7 @@ def read_structure(model: nn.Module) -> Structure:
     if not model._can_set_attn_implementation():
         problem = "its attention does not go through transformers' AttentionInterface"
         raise UnsupportedModelError(name, problem, "use a model type that supports attn_implementation='sdpa'")
-    if getattr(model, "_is_stateful", False) and not hasattr(Cache, "has_previous_state"):
-        problem = "in this version of transformers its recurrent state needs a cache class of its own"
-        raise UnsupportedModelError(name, problem, "install a newer transformers")
+    require_plain_cache(model)
     layers = DynamicCache(config=model.config).layers
     full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     if not full:
@@ -71,3 +69,14 @@ def _learned_positions(model: PreTrainedModel, text: Any) -> int | None:
     # Some models keep a few entries in front for pads.
     is_learned = there is not None and any(there <= table.num_embeddings <= there + 2 for table in tables)
     return there if is_learned else None
+
+
+def require_plain_cache(model: nn.Module) -> None:
+    """Refuse a model whose state transformers' own `DynamicCache` cannot hold.
+
+    Raises:
+        UnsupportedModelError: a recurrent model, and an early transformers 5.
+    """
+    if getattr(model, "_is_stateful", False) and not hasattr(Cache, "has_previous_state"):
+        problem = "in this version of transformers its recurrent state needs a cache class of its own"
+        raise UnsupportedModelError(type(model).__name__, problem, "install a newer transformers")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from sparing.errors import InvalidInputError
+from sparing.errors import InvalidInputError, require
 
 MODEL = click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
 DTYPE = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
@@ -72,13 +72,13 @@ def ablate(
 ) -> None:  # fmt: skip
     """Take heads away, best-scored first, and see what a task loses: the ablation curve."""
     from sparing.adapters.lens import ModelLens
+    from sparing.cli.comparing import task_named
     from sparing.cli.progress import ProgressBar
     from sparing.compare.ablation_curve import ablation_curve
     from sparing.compare.loading import load_model
     from sparing.core.scores import Scores
-    from sparing.tasks import get
 
-    measured, task = Scores.load(scores), get(task_name)
+    measured, task = Scores.load(scores), task_named(task_name)
     loaded = load_model(model, dtype, device)
     measured.check_model(ModelLens(loaded.model).identity)
     with ProgressBar("ablating") as told:
@@ -126,6 +126,7 @@ def corpus(
     from sparing.core.scores import Scores
     from sparing.corpus import score_corpus, select_top
 
+    require(0 < share <= 1, "share", share, "a share in (0, 1]")
     measured = Scores.load(scores)
     with ProgressBar("scoring") as told:
         new = score_corpus(
@@ -149,6 +150,9 @@ def _heads(scores: Path | None, top: str | None, heads: str | None, model: Any) 
     from sparing.core.scores import Scores
 
     if heads is not None:
+        if scores is not None or top is not None:
+            allowed = "--heads, or --scores together with --top, not both"
+            raise InvalidInputError("heads", heads, allowed)
         pairs = []
         for part in heads.split(","):
             layer, dot, head = part.strip().partition(".")

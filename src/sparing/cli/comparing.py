@@ -115,14 +115,21 @@ def _say_what_is_left_out() -> None:
 
 
 def _tasks(text: str) -> list[Task]:
-    """Registered tasks by name; anything with a dot or a slash is a file of the user's own."""
+    """Tasks by name or file, comma-separated."""
     from sparing import tasks
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise InvalidInputError("tasks", text, "at least one of " + ", ".join(tasks.names()))
-    is_file = [Path(part).suffix != "" or "/" in part for part in parts]
-    return [tasks.load_user_task(p) if file else tasks.get(p) for p, file in zip(parts, is_file, strict=True)]
+    return [task_named(part) for part in parts]
+
+
+def task_named(text: str) -> Task:
+    """A registered task by name; anything with a dot or a slash is a file of the user's own."""
+    from sparing import tasks
+
+    is_file = Path(text).suffix != "" or "/" in text
+    return tasks.load_user_task(text) if is_file else tasks.get(text)
 
 
 def _lengths(text: str) -> list[int]:

@@ -48,11 +48,20 @@ def score(
 
     parsed = parse_scorer(scorer)
     other = Scores.load(against) if against is not None else None
+    if other is not None:
+        other.require_axes(*parsed.info.axes)
+    if png is not None:
+        from sparing.compare.measurement.png import require_matplotlib
+
+        require_matplotlib()
+    from sparing.adapters.lens import ModelLens
     from sparing.compare.loading import load_model
     from sparing.scoring import score as measure
     from sparing.tasks.probe_files import load_samples
 
     loaded = load_model(model, dtype, device)
+    if other is not None:
+        other.check_model(ModelLens(loaded.model).identity)
     given = load_samples(parsed.info.data, data, loaded.tokenizer) if data is not None else None
     given = given[:samples] if given is not None else None
     with ProgressBar(parsed.info.name) as told:

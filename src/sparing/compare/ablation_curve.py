@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from sparing.adapters.lens import ModelLens
 from sparing.compare.store import write_text_atomic
 from sparing.core.edits import Ablation, Head, HeadEdit
 from sparing.core.scores import Scores
 from sparing.editing import ablate, edit, head_outputs
 from sparing.errors import require
-from sparing.tasks import Task
+from sparing.tasks import Sample, Task
 from sparing.tasks.probes import text_samples
 
 
@@ -68,17 +69,28 @@ def ablation_curve(
     """Measure the curve by generating answers.
 
     Args:
-        scores: over (layer, head), of this model. counts: heads to take away; by default 1, 2, 4, ... up to half.
+        scores: over (layer, head), of this model.
+        length, samples: of a task that makes its samples; a file of the user's own has texts of its own length, and
+            `samples` of them at most.
+        counts: heads to take away; by default 1, 2, 4, ... up to half.
         draws: random sets per count, drawn among the heads outside the top `count`.
+
+    Raises:
+        InvalidInputError: a number out of range, samples longer than what the model was made for, or a task without
+            answers to generate. ScoresMismatchError: scores of other units than heads, or of another model.
     """
+    scores.require_axes("layer", "head")
+    scores.check_model(ModelLens(model).identity)
     require(draws >= 1, "draws", draws, "a whole number >= 1")
     require(samples >= 1, "samples", samples, "a whole number >= 1")
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    require(limit is None or length <= limit, "length", length, f"at most the model's {limit} positions")
     ranked = [(unit[0], unit[1]) for unit in scores.ranked()]
     counts = list(counts or _doubling(len(ranked) // 2))
     require(all(1 <= c <= len(ranked) // 2 for c in counts), "counts", counts, f"numbers from 1 to {len(ranked) // 2}")
     needs_reference = kind in ("mean", "resample")
     reference = head_outputs(model, text_samples(tokenizer, 4, length, seed)) if needs_reference else None
-    asked = [task.sample(tokenizer, length, seed, index) for index in range(samples)]
+    asked = _samples(tokenizer, task, length, samples, seed, limit)
     total, done = 1 + len(counts) * (2 + draws), 0
 
     def measure(heads: Sequence[Head]) -> float:
@@ -95,7 +107,21 @@ def ablation_curve(
         bottom.append(measure(ranked[-count:]))
         rng = random.Random(f"ablation curve/{seed}/{count}")
         drawn.append([measure(rng.sample(ranked[count:], count)) for _ in range(draws)])
-    return AblationCurve(scores.scorer, task.label, kind, samples, full, counts, top, bottom, drawn, ranked)
+    return AblationCurve(scores.scorer, task.label, kind, len(asked), full, counts, top, bottom, drawn, ranked)
+
+
+def _samples(tokenizer: Any, task: Task, length: int, samples: int, seed: int, limit: int | None) -> list[Sample]:
+    """What is asked at every point of the curve."""
+    require(task.kind == "generation", "task", task.label, "a task whose answers are generated")
+    # A file of the user's own has as many texts as it has, each as long as it is.
+    own = task.num_samples is not None
+    count = min(samples, task.num_samples or samples)
+    asked = [task.sample(tokenizer, None if own else length, seed, index) for index in range(count)]
+    answered = all(question.reference == "answers" for sample in asked for question in sample.questions)
+    require(answered, "task", task.label, "a file whose questions have answers", "add the answers to the file")
+    longest = max(sample.length for sample in asked)
+    require(limit is None or longest <= limit, "length", longest, f"at most the model's {limit} positions")
+    return asked
 
 
 def _score(model: Any, tokenizer: Any, task: Task, asked: Sequence[Any], taken: HeadEdit | None) -> float:

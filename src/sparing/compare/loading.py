@@ -51,13 +51,15 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Loa
         device: "cpu", "cuda", ...; by default a GPU if there is one.
 
     Raises:
-        InvalidInputError: unknown dtype. UnsupportedModelError: nothing that can be loaded is under that name.
+        InvalidInputError: unknown dtype, or no such device here. UnsupportedModelError: nothing that can be loaded is
+            under that name.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InvalidInputError("dtype", dtype, "auto, float32, bfloat16 or float16")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(place)
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -71,3 +73,12 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Loa
         torch.set_num_threads(1)
     text = model.config.get_text_config(decoder=True)
     return LoadedModel(name, model, tokenizer, fingerprint(model), getattr(text, "max_position_embeddings", None))
+
+
+def _check_device(place: str) -> None:
+    """Refuse a device that is none, or that this machine or this build of torch lacks."""
+    try:
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        allowed = f"one that torch finds here ({str(error).splitlines()[0]})"
+        raise InvalidInputError("device", place, allowed, 'give "cpu", or leave it out') from error

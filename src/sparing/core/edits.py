@@ -157,6 +157,8 @@ class AblateHeads(HeadEdit):
     | `mean` | its mean over the tokens of reference text (`reference`), the same at every token |
     | `resample` | its output at a token drawn from the reference, anew for every token, by `seed` |
 
+    Every forward draws alike by its shape, so decoding with a cache, one token a forward, repeats one draw.
+
     Heads that attend uniformly are `methods.heads.uniform_heads.UniformHeads`: that edits attention.
 
     Attributes:
@@ -182,6 +184,15 @@ class AblateHeads(HeadEdit):
     def touched(self) -> Sequence[Head]:
         """See `HeadEdit.touched`."""
         return self.pairs
+
+    def check(self, lens: Lens) -> None:
+        """See `HeadEdit.check`; the reference must be of a model of this shape."""
+        super().check(lens)
+        if self.kind != "zero" and self.reference is not None:
+            shape, wanted = tuple(self.reference.shape), (lens.num_layers, lens.num_heads, lens.head_dim)
+            fits = len(shape) == 4 and shape[1] >= 1 and (shape[0], *shape[2:]) == wanted
+            allowed = f"({wanted[0]} layers, tokens, {wanted[1]} heads, {wanted[2]}) outputs"
+            require(fits, "reference", shape, allowed, "measure them with sparing.editing.head_outputs")
 
     def heads(self, layer: int, z: Tensor) -> Tensor | None:
         """See `HeadEdit.heads`."""

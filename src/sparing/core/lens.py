@@ -37,6 +37,7 @@ class AttentionCall:
     values: Tensor
     softmax: Softmax
     may_see: Callable[[slice], Tensor]
+    starts: Callable[[], Tensor] = lambda: torch.zeros(1, dtype=torch.int64)
 
     @property
     def first(self) -> int:
@@ -88,7 +89,9 @@ class Lens(Protocol):
         heads: SiteHook | None = None,
         sites: Mapping[Site, SiteHook] | None = None,
     ) -> AbstractContextManager[None]:
-        """Watch or change the model for the length of a `with` block; blocks may be nested, the inner acts first.
+        """Watch or change the model for the length of a `with` block; blocks may be nested.
+
+        What flows through is changed by the outer block first, then by the inner one.
 
         Args:
             attention: wraps the attention of every layer.
@@ -103,7 +106,7 @@ class Lens(Protocol):
         Args:
             ids: (B, T) token ids. mask: (B, S) bool, False for left pads; None if there are none.
             last: only the logits of so many last positions (the rest is never computed); None for all.
-            cache: a transformers cache to go on from and to fill.
+            cache: a transformers cache to go on from and to fill, or a `prefix`.
 
         Returns:
             (B, T or last, vocabulary) logits in the model's dtype.
@@ -118,7 +121,17 @@ class Lens(Protocol):
         """An empty cache of the model's own kind, for `forward`."""
         ...
 
-    def forward_from(self, layer: int, residual: Tensor, mask: Tensor | None = None, last: int | None = None) -> Tensor:
+    def prefix(self, ids: Tensor) -> Any:
+        """(1, T) ids that many prompts begin with → what their forwards go on from: a `cache` that is only read.
+
+        It serves batches of any size. None if there are no ids, or where the model carries more from token to token
+        than keys and values; then forwards have to begin at the beginning.
+        """
+        ...
+
+    def forward_from(
+        self, layer: int, residual: Tensor, mask: Tensor | None = None, last: int | None = None, cache: Any = None
+    ) -> Tensor:
         """Run the model from an attention layer's block on, given the (B, T, E) residual stream that goes into it.
 
         `layer` may be `num_layers`: then only what follows the last block is run (norm, unembedding, caps).

@@ -12,7 +12,7 @@ from typing import Any
 from sparing.compare.store import ResultStore, row_key
 from sparing.core.edits import Head, chosen_heads
 from sparing.core.scores import Scores
-from sparing.corpus.reader import Record, read_records
+from sparing.corpus.reader import Record, find_shards, read_records
 from sparing.errors import InvalidInputError, OutputError, require
 from sparing.scale.pool import run_tasks
 
@@ -78,11 +78,12 @@ def score_corpus(
     require(batch_tokens >= max_tokens, "batch_tokens", batch_tokens, f"at least max_tokens ({max_tokens})")
     settings = Settings(model, dtype, chosen_heads(heads, top), heads.model.fingerprint, max_tokens, batch_tokens)
     make_worker = functools.partial(_make_worker, settings, heads, device)
+    shards = find_shards(inputs)
     with ResultStore(out) as store:
         done = store.done()
         mark = row_key({"settings": repr(settings)})
         _check_settings(store, mark)
-        batches = _missing(_batches(read_records(inputs, domain), max_tokens, batch_tokens), done)
+        batches = _missing(_batches(read_records(shards, domain), max_tokens, batch_tokens), done)
         count = 0
         for batch, rows in run_tasks(make_worker, batches, ray=ray, workers=workers, gpus=gpus):
             for row in rows:

@@ -23,11 +23,13 @@ class Step:
             tokens that a sliding-window layer has dropped.
         tokens: (B,) the tokens that were predicted.
         pads: (B,) left pads: token i of a prompt stands at i + pads.
+        number: 0 for the first token after the prompt.
     """
 
     attention: Tensor
     tokens: Tensor
     pads: Tensor
+    number: int
 
 
 def decode_watched(lens: Lens, prompts: Sequence[Sequence[int]], steps: int, watch: Callable[[Step], None]) -> Tensor:
@@ -49,14 +51,14 @@ def decode_watched(lens: Lens, prompts: Sequence[Sequence[int]], steps: int, wat
         if ids.shape[1] > 1:
             lens.forward(ids[:, :-1], mask[:, :-1], last=1, cache=cache)
         token = ids[:, -1:]
-        for _ in range(steps):
+        for number in range(steps):
             rows.clear()
             with lens.hooked(attention=keep_last_row):
                 logits = lens.forward(token, mask, last=1, cache=cache)
             token = logits[:, -1].argmax(-1, keepdim=True).cpu()
             # Sliding-window layers hold the newest tokens only.
             whole = [functional.pad(row, (mask.shape[1] - row.shape[-1], 0)) for row in rows]
-            watch(Step(torch.stack(whole).cpu(), token[:, 0], (~mask).sum(-1)))
+            watch(Step(torch.stack(whole).cpu(), token[:, 0], (~mask).sum(-1), number))
             said.append(token)
             mask = torch.cat([mask, torch.ones_like(token, dtype=torch.bool)], dim=1)
     return torch.cat(said, dim=1)

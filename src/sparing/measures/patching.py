@@ -6,13 +6,15 @@ m  = (LD - LD_corrupt) / (LD_clean - LD_corrupt):  0 = as corrupt, 1 = as clean
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparing.core.lens import Lens, Site
+from sparing.core.lens import Attend, AttentionCall, Lens, Site
 from sparing.core.samples import PairSample
 from sparing.errors import InvalidInputError, require
 
@@ -33,15 +35,15 @@ class Recorded:
     logits: Tensor
 
 
-def record(lens: Lens, ids: Sequence[int], sites: Sequence[Site] = ()) -> Recorded:
-    """Run a prompt and keep what was asked for."""
+def record(lens: Lens, ids: Sequence[int], sites: Sequence[Site] = (), cache: Any = None) -> Recorded:
+    """Run a prompt, behind a prefix if there is one, and keep what was asked for."""
     residual: dict[int, Tensor] = {}
     heads: dict[int, Tensor] = {}
     more: dict[Site, dict[int, Tensor]] = {site: {} for site in sites if site != "resid_pre"}
     more["resid_pre"] = residual
     setters = {site: _keep(found) for site, found in more.items()}
     with torch.no_grad(), lens.hooked(heads=_keep(heads), sites=setters):
-        logits = lens.forward(torch.tensor([list(ids)]), last=1)[0, -1]
+        logits = lens.forward(torch.tensor([list(ids)]), last=1, cache=cache)[0, -1]
     ordered = {site: [found[i] for i in range(lens.num_layers)] for site, found in more.items()}
     numbers = range(lens.num_layers)
     return Recorded([residual[i] for i in numbers], [heads[i] for i in numbers], ordered, logits)
@@ -52,6 +54,58 @@ def _keep(found: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
         found[layer] = tensor
 
     return hook
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of one prompt.
+
+    Attributes:
+        residual: what goes into its block, (1, T, E). heads: its heads' outputs, (1, T, Hq, Dv).
+        call: what its attention gets, if that was asked for.
+    """
+
+    residual: Tensor
+    heads: Tensor
+    call: AttentionCall | None
+
+
+def walk(lens: Lens, ids: Sequence[int], cache: Any = None, calls: bool = False) -> Iterator[Step]:
+    """A prompt layer by layer, behind a prefix if there is one. A layer is run when it is asked for: one is held."""
+    whole = torch.tensor([list(ids)])
+    residual = _stopped(lens, 0, lambda: lens.forward(whole, last=1, cache=cache))
+    for layer in range(lens.num_layers):
+        heads: dict[int, Tensor] = {}
+        found: dict[int, AttentionCall] = {}
+
+        def keep(call: AttentionCall, attend: Attend, found: dict[int, AttentionCall] = found) -> Tensor:
+            found[call.layer] = call
+            return attend(call)
+
+        run = partial(lens.forward_from, layer, residual, last=1, cache=cache)
+        with lens.hooked(attention=keep if calls else None, heads=_keep(heads)):
+            following = _stopped(lens, layer + 1, run)
+        yield Step(residual, heads[layer], found.get(layer))
+        residual = following
+
+
+class _Reached(Exception):
+    def __init__(self, residual: Tensor) -> None:
+        self.residual = residual
+
+
+def _stopped(lens: Lens, layer: int, run: Callable[[], Tensor]) -> Tensor:
+    """Run as far as the layer's block: what would go into it. Behind the last layer: the last logits."""
+
+    def stop(at: int, residual: Tensor) -> None:
+        if at == layer:
+            raise _Reached(residual)
+
+    try:
+        with torch.no_grad(), lens.hooked(sites={"resid_pre": stop}):
+            return run()
+    except _Reached as reached:
+        return reached.residual
 
 
 @dataclass(frozen=True)
@@ -81,6 +135,22 @@ class Metric:
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         difference = exact[..., self.answer] - exact[..., self.wrong]
         return (difference - self.corrupt) / (self.clean - self.corrupt)
+
+
+def behind_common_start(lens: Lens, sample: PairSample) -> tuple[PairSample, Any]:
+    """The pair from its first changed token on, and the prefix to run both behind: (whole pair, None) if there is none.
+
+    What comes before is the same in both prompts, and no patch changes it.
+
+    Raises:
+        InvalidInputError: prompts of different lengths.
+    """
+    check_pair(sample)
+    start = min(sample.changed, default=0)
+    cache = lens.prefix(torch.tensor([sample.clean[:start]], dtype=torch.int64))
+    if cache is None:
+        return sample, None
+    return replace(sample, clean=sample.clean[start:], corrupt=sample.corrupt[start:]), cache
 
 
 def check_pair(sample: PairSample) -> None:

@@ -38,8 +38,9 @@ def run_tasks(
         cpus, gpus: what one worker needs.
 
     Raises:
-        MissingExtraError: Ray was asked for and is not installed. InvalidInputError: no cluster at the address.
-        WorkerLostError: an item's worker was lost three times. What the work itself raises comes through.
+        MissingExtraError: Ray was asked for and is not installed. InvalidInputError: no cluster at the address, or
+            none that a worker fits into. WorkerLostError: an item's worker was lost three times. What `make_worker`
+            and the work itself raise comes through.
     """
     if ray is None:
         work = make_worker()
@@ -60,10 +61,11 @@ def _on_ray(
     ray, started_here = _connect(address)
 
     class Worker:
-        def __init__(self) -> None:
-            self.work = make_worker()
+        work: Callable[[Item], Result] | None = None
 
         def run(self, item: Item) -> Result:
+            # Not in the constructor: an error there would be a lost worker to Ray.
+            self.work = self.work or make_worker()
             return self.work(item)
 
     actor = ray.remote(Worker).options(num_cpus=cpus, num_gpus=gpus)
@@ -85,7 +87,7 @@ def _on_ray(
                 running[made.run.remote(item)] = (made, item, tries + 1)
                 continue
             except ray.exceptions.RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+                raise error.cause from error
             following = next(items, None)
             if following is not None:
                 running[made.run.remote(following)] = (made, following, 1)
@@ -119,11 +121,14 @@ def _connect(address: str) -> tuple[Any, bool]:
 
 def _room(ray: Any, cpus: float, gpus: float) -> int:
     """Workers that fit into the cluster."""
-    free = ray.cluster_resources()
-    rooms = [free.get("CPU", 1) / cpus if cpus else 1]
-    if gpus:
-        rooms.append(free.get("GPU", 0) / gpus)
-    return max(1, int(min(rooms)))
+    there = ray.cluster_resources()
+    rooms = [int(there.get(kind, 0) / each) for kind, each in (("CPU", cpus), ("GPU", gpus)) if each]
+    room = min(rooms, default=1)
+    if room < 1:
+        allowed = f"at most {there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs, what the cluster has"
+        fix = "say how many workers there are to be if the cluster grows by itself"
+        raise InvalidInputError("a worker's share", f"{cpus:g} CPUs and {gpus:g} GPUs", allowed, fix)
+    return room
 
 
 def _first(items: Iterator[Item], count: int) -> Iterator[Item]:

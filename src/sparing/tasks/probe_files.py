@@ -40,7 +40,7 @@ def load_samples(kind: str, path: Path, tokenizer: Any) -> list[Any]:
     if kind not in makers:
         raise InputFileError(path, "this scorer makes its own data", "leave --data out")
     encoder = Encoder(tokenizer)
-    if kind == "text" and path.suffix not in JSON_SUFFIXES:
+    if kind == "text" and path.suffix.lower() not in JSON_SUFFIXES:
         return [_text(encoder, {"text": read_text(path, "it should hold the text to measure on")})]
     samples = []
     for number, row in _rows(path):
@@ -55,12 +55,12 @@ def load_samples(kind: str, path: Path, tokenizer: Any) -> list[Any]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(read_text(path, "it should hold JSON lines").splitlines(), 1):
+    for number, line in enumerate(read_text(path, "it should hold JSON lines").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputFileError(path, f"line {number} is no JSON ({error})") from error
         if not isinstance(row, dict):
             raise InputFileError(path, f"line {number} is no JSON object")
@@ -68,7 +68,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _text(encoder: Encoder, row: dict[str, Any]) -> TextSample:
-    ids = encoder.start(row["text"])
+    ids = encoder.start(_filled(row, "text"))
     response = encoder(row["response"]) if row.get("response") else []
     return TextSample((*ids, *response), len(ids) if response else 0)
 
@@ -77,11 +77,21 @@ def _pair(encoder: Encoder, row: dict[str, Any]) -> PairSample:
     clean, corrupt = encoder.start(row["clean"]), encoder.start(row["corrupt"])
     if len(clean) != len(corrupt):
         raise ValueError(f"clean has {len(clean)} tokens, corrupt {len(corrupt)}: they must have equally many")
-    answer, wrong = encoder(row["answer"])[0], encoder(row["wrong"])[0]
+    answer, wrong = (encoder(_filled(row, field))[0] for field in ("answer", "wrong"))
     if answer == wrong:
         raise ValueError("answer and wrong begin with the same token")
     return PairSample(tuple(clean), tuple(corrupt), answer, wrong)
 
 
 def _ranking(encoder: Encoder, row: dict[str, Any]) -> Any:
+    if not isinstance(row["documents"], list):
+        raise TypeError("documents is no list")
     return ranking_sample(encoder, row["query"], row["documents"], row["gold"])
+
+
+def _filled(row: dict[str, Any], field: str) -> str:
+    """A field's text, which may be a line break but not nothing."""
+    text: str = row[field]
+    if not text:
+        raise ValueError(f"{field} is empty")
+    return text

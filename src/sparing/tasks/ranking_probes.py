@@ -54,9 +54,9 @@ def ranking_sample(encoder: Encoder, query: str, documents: Sequence[str], gold:
     """A sample from texts.
 
     Raises:
-        ValueError: no documents, or a gold index that is none of them.
+        ValueError: no documents, no gold index, or one that is none of them.
     """
-    if not documents or not all(0 <= index < len(documents) for index in gold):
+    if not gold or not all(isinstance(index, int) and 0 <= index < len(documents) for index in gold):
         raise ValueError(f"{len(documents)} documents, gold {list(gold)}: at least one document, gold among them")
     bodies = [list(encoder(" " + document)) for document in documents]
     real, null = (encoder(QUERY.format(query=text)) for text in (query, NO_QUERY))

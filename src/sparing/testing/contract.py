@@ -11,8 +11,8 @@ from sparing.core.method import Method
 from sparing.errors import MethodRefusedError
 from sparing.testing.checks import actions, batches, budgets, logits, refusals, scoring, traces, whole
 from sparing.testing.checks.common import MethodFactory
+from sparing.testing.measurements import EXAMPLE, identity, with_measurements
 from sparing.testing.models import TINY_MODELS
-from sparing.testing.planted import EXAMPLE, identity, with_measurements
 
 DEFAULT_MODEL = "llama"
 SOME_MODELS = ("llama", "gemma3", "deepseek_v3")

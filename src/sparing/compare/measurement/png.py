@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from pathlib import Path
@@ -30,10 +31,9 @@ def save_png(
     Raises:
         MissingExtraError: matplotlib is not installed. OutputError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plots") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     seen = views(scores, compare, curve)
     drawn: list[View] = [*seen.maps, *seen.lines, *seen.scatters]
     heights = [_height(view) for view in drawn]
@@ -45,6 +45,18 @@ def save_png(
     for view, axes in zip(drawn, plots, strict=True):
         _draw(view, axes, figure)
     return _write(figure, Path(path))
+
+
+def require_matplotlib() -> None:
+    """Refuse to go on without matplotlib.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plots") from None
 
 
 def _height(view: View) -> float:

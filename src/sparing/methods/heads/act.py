@@ -88,8 +88,7 @@ class RedistributeSinks(HeadEdit):
             viewers = seen if viewers is None else viewers + seen
         assert received is not None
         assert viewers is not None
-        last = call.queries.shape[2] - 1
-        first = call.may_see(slice(last, last + 1))[:, 0, 0].int().argmax(-1)
+        first = call.starts().to(received.device)
         sinks = received / viewers.clamp_min(1)[:, None] > self.theta
         start = torch.arange(sinks.shape[-1], device=sinks.device) <= first[:, None]
         return sinks & ~start[:, None]

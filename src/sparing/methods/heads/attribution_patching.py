@@ -4,8 +4,8 @@ Ranks: head, or (layer, position, kind). With m the metric of `measures.patching
 
     score(site) = Σ (a_clean - a_corrupt) · ∂m/∂a at the corrupt run,  over positions and components of the site
 
-Cost: two forwards and one backward, whatever the number of sites. Exact where m is linear in the site; elsewhere an
-estimate, to be checked on the best sites with `activation_patching`.
+Cost: two forwards and one backward over the tokens from the first changed one on, whatever the number of sites.
+Exact where m is linear in the site; elsewhere an estimate, to be checked on the best sites with `activation_patching`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparing.core.head_scorer import HeadScorer, MeanScorer, Measured, Run, regi
 from sparing.core.lens import Lens, Site, SiteHook
 from sparing.core.samples import PairSample
 from sparing.measures.optimise import frozen
-from sparing.measures.patching import Metric, check_pair, only_sample
+from sparing.measures.patching import Metric, behind_common_start, only_sample
 from sparing.methods.heads.activation_patching import KINDS, position_labels
 
 
@@ -29,25 +29,28 @@ from sparing.methods.heads.activation_patching import KINDS, position_labels
 class Gradients:
     """What both runs give: per layer the differences a_clean - a_corrupt, and ∂m/∂a of the corrupt run.
 
-    heads: (1, T, Hq, Dv) each; sites: by site, (1, T, E) each.
+    heads: (1, T, Hq, Dv) each; sites: by site, (1, T, E) each, of the last T tokens: all from the first changed one on.
+    before: how many tokens come before these. There is no difference there.
     """
 
     head_differences: list[Tensor]
     head_gradients: list[Tensor]
     site_differences: dict[Site, list[Tensor]]
     site_gradients: dict[Site, list[Tensor]]
+    before: int
 
 
 def gradients(
     lens: Lens, sample: PairSample, sites: Sequence[Site] = (), rules: AbstractContextManager[None] | None = None
 ) -> Gradients:
     """Run clean, then corrupt with gradients (by other rules, if given)."""
-    check_pair(sample)
+    length = len(sample.clean)
+    sample, cache = behind_common_start(lens, sample)
     clean, corrupt = _Capture(), _Capture(with_gradient=True)
     with torch.no_grad(), clean.at_work(lens, sites):
-        clean_logits = lens.forward(torch.tensor([list(sample.clean)]), last=1)[0, -1]
+        clean_logits = lens.forward(torch.tensor([list(sample.clean)]), last=1, cache=cache)[0, -1]
     with frozen(lens.model), torch.enable_grad(), rules or nullcontext(), corrupt.at_work(lens, sites):
-        logits = lens.forward(torch.tensor([list(sample.corrupt)]), last=1)[0, -1]
+        logits = lens.forward(torch.tensor([list(sample.corrupt)]), last=1, cache=cache)[0, -1]
         m = Metric.of(sample, clean_logits, logits.detach())(logits)
         wanted = [*corrupt.heads.values(), *(x for found in corrupt.sites.values() for x in found.values())]
         found = iter(torch.autograd.grad(m, wanted))
@@ -60,6 +63,7 @@ def gradients(
             head_gradients,
             {site: [clean.sites[site][i] - corrupt.sites[site][i].detach() for i in numbers] for site in sites},
             site_gradients,
+            length - len(sample.clean),
         )
 
 
@@ -129,4 +133,5 @@ def site_effects(found: Gradients) -> Tensor:
     for site in KINDS:
         pairs = zip(found.site_differences[site], found.site_gradients[site], strict=True)
         kinds.append(torch.stack([(difference * gradient).sum(-1)[0].float().cpu() for difference, gradient in pairs]))
-    return torch.stack(kinds, dim=-1)
+    effects = torch.stack(kinds, dim=-1)
+    return torch.cat([effects.new_zeros(len(effects), found.before, len(KINDS)), effects], dim=1)

@@ -19,7 +19,7 @@ Deviations:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,7 @@ class Retrieval(MeanScorer):
 
         def watch(step: Step) -> None:
             most = step.attention.argmax(-1)  # (L, B, Hq)
-            for row, sample in enumerate(batch):
+            for row, sample in still_answering(step, batch):
                 start, end = sample.value
                 for place in range(start, end):
                     if sample.ids[place] == int(step.tokens[row]):
@@ -69,6 +69,11 @@ class Retrieval(MeanScorer):
 def answer(lens: Lens, batch: Sequence[NeedleSample], watch: Callable[[Step], None]) -> Tensor:
     """What the model says to each sample, (B, steps), watched."""
     return decode_watched(lens, [sample.ids for sample in batch], max(s.max_new_tokens for s in batch), watch)
+
+
+def still_answering(step: Step, batch: Sequence[NeedleSample]) -> Iterator[tuple[int, NeedleSample]]:
+    """Rows whose own limit has not been reached; a batch is decoded for as long as any of its samples needs."""
+    return ((row, sample) for row, sample in enumerate(batch) if step.number < sample.max_new_tokens)
 
 
 def only_right(scores: Tensor, said: Tensor, batch: Sequence[NeedleSample], min_recall: float) -> Tensor:

@@ -26,7 +26,7 @@ from sparing.core.lens import Lens
 from sparing.core.samples import NeedleSample
 from sparing.errors import require
 from sparing.measures.decoding import Step
-from sparing.methods.heads.retrieval import answer, only_right
+from sparing.methods.heads.retrieval import answer, only_right, still_answering
 
 
 @register_scorer("semantic_retrieval", family="retrieval", data="needle", paper="2508.02401",
@@ -50,7 +50,7 @@ class SemanticRetrieval(MeanScorer):
         told = torch.zeros(len(batch))
 
         def watch(step: Step) -> None:
-            for row, sample in enumerate(batch):
+            for row, sample in still_answering(step, batch):
                 start, end = sample.needle
                 if int(step.tokens[row]) in sample.ids[start:end]:
                     pad = int(step.pads[row])

@@ -52,10 +52,11 @@ class BiasFirstToken(HeadEdit):
         mine = [head for layer, head in self.pairs if layer == call.layer]
         if not mine or self.gamma == 1.0:
             return out
-        last = call.queries.shape[2] - 1
-        # The newest row sees the first token (unless a window hides it, and then a_0 is 0 and nothing changes).
-        first = call.may_see(slice(last, last + 1))[:, 0, 0].int().argmax(-1).expand(out.shape[0])
+        starts = call.starts().to(out.device).expand(out.shape[0])
+        first = starts.clamp_min(0)
         paid = torch.cat([_weight_of(attention, first) for _, attention in row_tiles(call)], dim=-1)  # (B, Hq, T)
+        # Where a sliding window hides the first token a_0 is 0 and nothing changes; so it is where it was dropped.
+        paid = paid * (starts >= 0)[:, None, None]
         extra = (self.gamma - 1) * paid.transpose(1, 2)[..., None]
         group = call.queries.shape[1] // call.values.shape[1]
         value = call.values[torch.arange(len(first)), :, first].repeat_interleave(group, dim=1)[:, None]
