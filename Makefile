@@ -1,9 +1,10 @@
 .PHONY: compare test check oldest bundled-model clean
 TEXTS ?= ../shared/data
+METHODS ?= adakv,chunkkv,compactor,expected_attention,h2o,keydiff,kvzip,quest,random,scissorhands,snapkv,streaming_llm
 
-compare:           ## compare methods on the bundled model and write a report
+compare:           ## compare twelve methods on the bundled model and write a report
 	@scripts/setup
-	.venv/bin/sparing compare --model bundled --samples 10 --out results/bundled
+	.venv/bin/sparing compare --model bundled --methods $(METHODS) --samples 10 --out results/bundled
 
 test:              ## the quick tests
 	@scripts/setup dev

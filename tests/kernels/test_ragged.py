@@ -118,3 +118,28 @@ def test_bytes_are_those_of_the_buffers() -> None:
     store, _ = fresh(random.Random(2), [[3, 9]])
     tensors = [value for value in vars(store).values() if isinstance(value, Tensor)]
     assert store.nbytes == sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_selected_tokens_stay_with_their_scores(seed: int) -> None:
+    rng = random.Random(seed)
+    store, lanes = fresh(rng, [[7, 12], [3, 9]])
+    kept = [[torch.tensor(sorted(rng.sample(range(n), rng.randint(1, n)))) for n in (7, 12)],
+            [torch.tensor(sorted(rng.sample(range(n), rng.randint(1, n)))) for n in (3, 9)]]  # fmt: skip
+    known = store.bookkeeping()
+    assert known.scores is not None
+    assert known.keys.numel() == 0
+    chosen = store.select(kept, known.scores + 1)
+    slots = [lane for row in kept for lane in row]
+    for index, lane in enumerate(slots):
+        assert torch.equal(chosen.lane(index)[0], store.lane(index)[0][lane])
+        assert torch.equal(chosen.lane_positions(index), store.lane_positions(index)[lane])
+        scores = chosen.lane_of("scores", index)
+        assert scores is not None
+        assert torch.equal(scores, store.lane(index)[0][lane, 0] + 1)
+    assert store.select(kept, None).scores is None
+    store.write_scores(known.scores + 2)
+    again = store.bookkeeping().scores
+    assert again is not None
+    assert torch.equal(again[known.valid], (known.scores + 2)[known.valid])
+    assert contents(store) == lanes
