@@ -48,7 +48,7 @@ def main() -> None:
 
 def _measured(name: str, folder: Path) -> str:
     """The method as text; one that needs measurements of the model gets them, made on synthetic data."""
-    if not methods()[name].needs:
+    if not methods()[name.partition("(")[0]].needs:
         return name
     file = folder / f"{name}.safetensors"
     if not file.exists():
@@ -63,7 +63,8 @@ def _sparing(*words: str) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     # SpecKV needs a draft model, which the bundled model does not have.
-    parser.add_argument("--methods", default=",".join(name for name in methods() if name != "speckv"))
+    names = [*(name for name, info in methods().items() if not info.python_only), "adakv(bits=4)", "kvzip(bits=4)"]
+    parser.add_argument("--methods", default=",".join(names))
     parser.add_argument("--keep", default="0.1,0.25,0.5")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
