@@ -179,32 +179,50 @@ def measure(size: str, args: argparse.Namespace) -> dict[str, Any]:
                         answer = sides[side].ask({"do": work, "pair": pair})
                         answers.setdefault(f"{work} {pair} {side}", []).append(answer)
                         print(size, number, work, pair, side, f"{answer['cpu']:.1f} s CPU", file=sys.stderr, flush=True)
-        answers["attribution start tool"] = [sides["transformer_lens"].ask({"do": "tool", "pair": "start"})]
+        tool = sides["transformer_lens"].ask({"do": "tool", "pair": "start"})
         used = {name: side.versions for name, side in sides.items()}
         for side in sides.values():
             side.close()
-    rows = [row(size, work, pair, pairs[pair], answers) for work in ("activation", "attribution") for pair in PAIRS]
-    tool = answers["attribution start tool"][0]
+        peaks = peaks_of({**setting, "dtype": "float32", "pairs": pairs})
+    rows = [
+        row(size, work, pair, pairs[pair], answers, peaks) for work in ("activation", "attribution") for pair in PAIRS
+    ]
     return {
         "size": size, "gate": agreement, "rows": rows, "versions": used,
-        "tool": {key: tool[key] for key in ("wall", "cpu", "peak")},
+        "tool": {"wall": tool["wall"], "cpu": tool["cpu"], "peak": peaks["tool start transformer_lens"]},
     }  # fmt: skip
 
 
-def row(size: str, work: str, name: str, pair: dict[str, Any], answers: dict[str, list[Any]]) -> dict[str, Any]:
+def peaks_of(setting: dict[str, Any]) -> dict[str, int]:
+    """The peak of each work in a new process, in bytes above the loaded model.
+
+    TransformerLens' forwards are all alike, so those of two layers are enough; more of them could only take more.
+    """
+    found = {}
+    works = [(work, pair, side) for work in ("activation", "attribution") for pair in PAIRS for side in SIDES]
+    for work, pair, name in [*works, ("tool", "start", "transformer_lens")]:
+        side = Side(name, setting)
+        short = " of 2 layers" if (work, name) == ("activation", "transformer_lens") else ""
+        found[f"{work} {pair} {name}"] = side.ask({"do": work + short, "pair": pair, "peak": True})["peak"]
+        side.close()
+    return found
+
+
+def row(
+    size: str, work: str, name: str, pair: dict[str, Any], answers: dict[str, list[Any]], peaks: dict[str, int]
+) -> dict[str, Any]:
     """Medians and ratios of one kind of patching on one pair."""
     found = {side: answers[f"{work} {name} {side}"] for side in SIDES}
     times = {side: [Time(answer["wall"], answer["cpu"]) for answer in found[side]] for side in SIDES}
-    peaks = {side: sorted(answer["peak"] for answer in found[side])[len(found[side]) // 2] for side in SIDES}
+    peak = {side: peaks[f"{work} {name} {side}"] for side in SIDES}
     lens, mine = (found[side][0]["scores"] for side in SIDES)
     return {
         "work": work, "pair": name, "float32": compared(size, f"{work} {name}", pair, "float32", lens, mine),
-        "times": {side: medians(times[side]) for side in SIDES}, "peaks": peaks,
+        "times": {side: medians(times[side]) for side in SIDES}, "peaks": peak,
         "faster": median_ratio(times["transformer_lens"], times["sparing"]),
         "faster_wall": median_ratio(times["transformer_lens"], times["sparing"], "wall"),
-        "memory": peaks["sparing"] / peaks["transformer_lens"],
+        "memory": peak["sparing"] / peak["transformer_lens"],
         "rounds": {side: [[time.wall, time.cpu] for time in times[side]] for side in SIDES},
-        "peaks_of_rounds": {side: [answer["peak"] for answer in found[side]] for side in SIDES},
     }  # fmt: skip
 
 
@@ -235,7 +253,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"- TransformerLens' environment: {lens}",
             f"- Random Llamas with GQA, float32, prompts of {result['tokens']} tokens that differ in every fourth one "
             f"from the start or from the middle on; medians of {result['rounds']} rounds; ratios within a round",
-            "- MiB: peak of the process above the loaded model",
+            "- MiB: peak of a new process above the loaded model",
             f"- In float64 ({GATE_TOKENS} tokens) scores differ by at most "
             f"{max(found['differ'] for found in gates):.1e}, {min(found['allowed'] for found in gates):.1e} allowed",
             f"- TransformerLens' attribution is its caches and one product per layer. Its `attribution_patch`, which "

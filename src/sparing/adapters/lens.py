@@ -152,8 +152,10 @@ class ModelLens:
 
     def prefix(self, ids: Tensor) -> Any:
         """See `core.lens.Lens.prefix`."""
+        if not ids.shape[1] or len(self.blocks) > self.num_layers:
+            return None
         cache = self.new_cache()
-        if not ids.shape[1] or len(self.blocks) > self.num_layers or not holds_keys_only(cache, self.num_layers):
+        if not holds_keys_only(cache, self.num_layers):
             return None
         with torch.no_grad():
             self.forward(ids, last=1, cache=cache)
