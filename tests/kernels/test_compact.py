@@ -179,6 +179,22 @@ def test_what_stays_keeps_its_codes():
     assert all(before[p] == row for p, row in after.items())
 
 
+def test_everything_is_copied_rarely(monkeypatch):
+    """Four lanes fill pages at different steps, each into its spare one: everything moves once in a page of tokens."""
+    store, *_ = fresh(8, [[40, 41], [42, 43]], scored=False)
+    moves = []
+    replace_pages = CompactStore._replace_pages
+    monkeypatch.setattr(CompactStore, "_replace_pages", lambda *args: (moves.append(1), replace_pages(*args)))
+    for step in range(80):
+        new = torch.randn(2, HEADS, 1, DIM, dtype=torch.float64)
+        store.append(new, new, 43 + step)
+    assert len(moves) <= 80 // 4 + 1
+    assert store.lengths.tolist() == [120, 121, 122, 123]
+    assert store.pages is not None
+    # One empty page a lane at most.
+    assert int((store.pages.counts == 0).sum()) <= 4
+
+
 def test_half_empty_pages_are_coded_anew_into_full_ones():
     store, *_ = fresh(8, [[31, 31]])
     assert store.pages is not None

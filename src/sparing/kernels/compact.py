@@ -2,8 +2,8 @@
 
 Each lane (see `ragged`) is a list of *pages* of `PAGE` tokens and, after them, a *window*: a `RaggedStore` with the
 newest `RECENT` to `RECENT + PAGE - 1` tokens. When new tokens come and a window holds more, its oldest `PAGE` tokens
-become a page: once in `PAGE` tokens, so this costs next to nothing. Tokens that came with the same call always meet
-each other unchanged.
+become a page. While decoding there are empty pages to write into, so this costs next to nothing. Tokens that came with
+the same call always meet each other unchanged.
 
 A page holds codes of 8 or 4 bits (KIVI, arXiv:2402.02750): keys share a scale and a zero per channel of the page,
 values per token. Keys may hold a part of their channels only (ThinK, arXiv:2407.21018); the others count as 0.
@@ -44,6 +44,7 @@ class CompactStore:
     window: RaggedStore
     pages: Pages | None = None
     _held: list[int] = field(default_factory=list)  # tokens in the pages of each lane
+    _used: list[int] = field(default_factory=list)  # pages of each lane up to the last that holds any
     _first: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # (lanes + 1,) first pages
 
     @classmethod
@@ -63,12 +64,15 @@ class CompactStore:
     def _refresh(self) -> None:
         lanes = self.rows * self.kv_heads
         if self.pages is None or not len(self.pages.lanes):
-            self.pages, self._held = None, [0] * lanes
+            self.pages, self._held, self._used = None, [0] * lanes, [0] * lanes
             self._first = torch.zeros(lanes + 1, dtype=torch.int64, device=self.device)
             return
         held = torch.zeros(lanes, dtype=torch.int64, device=self.device)
         self._held = held.index_add(0, self.pages.lanes, self.pages.counts).tolist()
         self._first = torch.searchsorted(self.pages.lanes, torch.arange(lanes + 1, device=self.device))
+        place = torch.arange(len(self.pages.lanes), device=self.device) - self._first[self.pages.lanes] + 1
+        used = torch.zeros_like(held).scatter_reduce(0, self.pages.lanes, place * (self.pages.counts > 0), "amax")
+        self._used = used.tolist()
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -214,7 +218,9 @@ class CompactStore:
             if count:
                 coded.append(self._coded(lane, self.window, order[:count]))
         self.window = self.window.take(rest)
-        self._replace_pages(([] if self.pages is None else [self.pages]) + coded)
+        if not self._write(coded):
+            old = [] if self.pages is None else [self.pages.where(self.pages.counts > 0)]
+            self._replace_pages([*old, *coded, *([self._empty_like(coded[0])] if old else [])])
         self._close_gaps()
 
     def _coded(self, lane: int, source: RaggedStore, slots: Tensor) -> Pages:
@@ -222,6 +228,33 @@ class CompactStore:
         parts = {name: source.lane_of(name, lane) for name in ("keys", "values", "positions", "scores", "bias")}
         taken = {name: None if part is None else part[slots] for name, part in parts.items()}
         return self.coding.encode(lane, PAGE, **taken)  # type: ignore[arg-type]
+
+    def _write(self, coded: Sequence[Pages]) -> bool:
+        """Put new pages into empty ones of their lanes; False, and nothing is done, if there are not enough."""
+        first = self._first.tolist()
+        for part in coded:
+            lane, count = int(part.lanes[0]), len(part.lanes)
+            if self.pages is None or first[lane] + self._used[lane] + count > first[lane + 1]:
+                return False
+        assert self.pages is not None
+        for part in coded:
+            lane, count = int(part.lanes[0]), len(part.lanes)
+            begin = first[lane] + self._used[lane]
+            for f in fields(Pages):
+                mine, new = getattr(self.pages, f.name), getattr(part, f.name)
+                if mine is not None:
+                    mine[begin : begin + count] = new
+            self._used[lane] += count
+            self._held[lane] += int(part.counts.sum())
+        return True
+
+    def _empty_like(self, pages: Pages) -> Pages:
+        """Empty pages for every lane: 1.6 % of what there is, but at least one, so that copies of all are rare."""
+        lanes, there = self.rows * self.kv_heads, 0 if self.pages is None else len(self.pages.lanes)
+        spare = max(there // lanes // 64, 1)
+        empty = pages.map(lambda tensor: tensor.new_zeros(lanes * spare, *tensor.shape[1:]))
+        empty.lanes = torch.arange(lanes, device=self.device).repeat_interleave(spare)
+        return empty
 
     def _replace_pages(self, parts: Sequence[Pages]) -> None:
         """Hold these, in the order of their lanes."""
@@ -237,12 +270,11 @@ class CompactStore:
     def _close_gaps(self) -> None:
         """Code anew what lies in pages that are half empty, lane by lane; forget empty ones."""
         assert self.pages is not None
-        lanes, pages = self.rows * self.kv_heads, self.pages
-        number = torch.bincount(pages.lanes, minlength=lanes).tolist()
-        thin = {i for i, (n, held) in enumerate(zip(number, self._held, strict=True)) if n > 1 and held * 2 <= n * PAGE}
-        stays = (pages.counts > 0) & ~torch.isin(pages.lanes, torch.tensor(sorted(thin), device=self.device))
-        if bool(stays.all()):
+        pages, sizes = self.pages, zip(self._used, self._held, strict=True)
+        thin = [lane for lane, (used, held) in enumerate(sizes) if used > 1 and held * 2 <= used * PAGE]
+        if not thin:
             return
+        stays = (pages.counts > 0) & ~torch.isin(pages.lanes, torch.tensor(thin, device=self.device))
         parts = [pages.where(stays)]
         for lane in thin:
             if self._held[lane]:
@@ -353,7 +385,7 @@ class CompactStore:
     def clone(self) -> CompactStore:
         """An independent copy."""
         twin = copy.copy(self)
-        twin.window, twin._held = self.window.clone(), list(self._held)
+        twin.window, twin._held, twin._used = self.window.clone(), list(self._held), list(self._used)
         twin.pages = None if self.pages is None else self.pages.map(torch.clone)
         twin._first = self._first.clone()
         return twin

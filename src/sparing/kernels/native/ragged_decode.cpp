@@ -152,10 +152,12 @@ int sparing_coded_decode(int isa, int threads, int lanes, int group, int dim, in
     tasks.all.clear();
     tasks.first.assign(1, 0);
     for (int lane = 0; lane < lanes; lane++) {
-        for (int64_t p = first_pages[lane]; p < first_pages[lane + 1];) {
+        int64_t last = first_pages[lane + 1];
+        while (last > first_pages[lane] && counts[last - 1] == 0) last--;
+        for (int64_t p = first_pages[lane]; p < last;) {
             int n = 0;
             int64_t begin = p, held = 0;
-            for (; p < first_pages[lane + 1] && n + page <= CHUNK; p++, n += page) held += counts[p];
+            for (; p < last && n + page <= CHUNK; p++, n += page) held += counts[p];
             if (held > 0) tasks.all.push_back({lane, begin, n});
         }
         tasks.first.push_back(static_cast<int>(tasks.all.size()));
