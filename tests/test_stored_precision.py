@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from sparing import H2O, AdaKV, Evict, SnapKV, use
 from sparing.cli import cli
 from sparing.compare.environment import environment
-from sparing.core.method import Method, Parts, parse_method
+from sparing.core.method import Method, Parts
+from sparing.core.parsing import parse_method
 from sparing.core.reader import Reader
 from sparing.errors import CacheStateError, InvalidInputError, MethodRefusedError
 from sparing.kernels import compact, native

@@ -135,14 +135,21 @@ class Session:
     def watching_cache(self, methods: Iterable[Method]) -> EvictingCache:
         """A cache that drops nothing while the scorers of the given methods watch: one prefill, to be forked for each.
 
+        All methods must read the prompt alike (`Method.reading`).
+
         Example:
             >>> cache = session.watching_cache([snapkv, h2o])
             >>> cache.expect_prompt(ids.shape[1])
             >>> model(ids, past_key_values=cache)
             >>> compressed = cache.fork(snapkv)
         """
-        watch = [method.parts().scorer for method in methods]
-        return self._equipped(EvictingCache(self.structure, None, watch=watch))
+        given = list(methods)
+        readings = {method.reading for method in given} or {None}
+        if len(readings) > 1:
+            labels = ", ".join(method.label for method in given)
+            raise InvalidInputError("methods", labels, "methods that read the prompt alike, one cache for each way")
+        watch = [method.parts().scorer for method in given if not method.keeps_all]
+        return self._equipped(EvictingCache(self.structure, None, watch, readings.pop()))
 
     def report(self, cache: EvictingCache | None = None) -> CacheReport:
         """What the given cache (by default the one made last) keeps, in tokens and bytes.

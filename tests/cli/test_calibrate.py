@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 import sparing
 from sparing.cli import cli
-from sparing.core.method import methods, parse_method
+from sparing.core.method import methods
+from sparing.core.parsing import parse_method
 from sparing.core.scores import load_scores
 from sparing.errors import InvalidInputError, ScoresMismatchError, SparingError, UnknownNameError
 from sparing.models import resolve

@@ -11,7 +11,8 @@ import sparing
 from sparing.adapters.lens import ModelLens
 from sparing.adapters.structure import read_structure
 from sparing.core.measured import needed_by
-from sparing.core.method import Evict, methods, parse_method
+from sparing.core.method import Evict, methods
+from sparing.core.parsing import parse_method
 from sparing.core.scores import ModelIdentity, Scores, load_scores, save_scores
 from sparing.errors import InputFileError, InvalidInputError, ScoresMismatchError, SparingError, UnknownNameError
 from sparing.session import use

@@ -7,7 +7,8 @@ import pytest
 
 from sparing.core.actions import Action
 from sparing.core.allocate import ALLOCATORS, AdaptiveHeads, Pyramid, Uniform
-from sparing.core.method import Evict, Method, Parts, methods, parse_method, register, split_methods
+from sparing.core.method import Evict, Method, Parts, methods, register
+from sparing.core.parsing import parse_method, split_methods
 from sparing.core.scorer import Scorer
 from sparing.errors import InvalidInputError, MethodRefusedError, UnknownNameError
 from sparing.methods.kv.h2o import H2O

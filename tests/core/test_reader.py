@@ -6,7 +6,8 @@ from oracles import random_case
 
 from sparing.core.actions import Rerotate
 from sparing.core.allocate import Pyramid, Uniform
-from sparing.core.method import Method, Parts, methods, parse_method
+from sparing.core.method import Method, Parts, methods
+from sparing.core.parsing import parse_method
 from sparing.core.reader import Choice, Reader, Step, Watching, best_blocks, num_blocks, until, with_ends
 from sparing.errors import MethodRefusedError, UnknownNameError
 

@@ -9,7 +9,7 @@ import torch
 from oracles import EPS, build, random_case
 
 from sparing import KeyDiff, ThinK, use
-from sparing.core.method import parse_method
+from sparing.core.parsing import parse_method
 from sparing.core.scorer import Softmax
 from sparing.errors import InvalidInputError
 from sparing.kernels import compact

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from sparing.core.plan import Plan
+
+if TYPE_CHECKING:
+    from sparing.adapters.prefilling import PrefillReport
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class CacheReport:
         plan: what the last eviction kept; None if none has happened.
         read_share: of what is stored, the share that decoded tokens have read; None for methods that read everything.
         notes: what else there is to know, e.g. why nothing was dropped.
+        prefill: what of the prompt's attention was computed; None where it was dense.
     """
 
     method: str
@@ -32,6 +36,7 @@ class CacheReport:
     plan: Plan | None
     read_share: float | None = None
     notes: tuple[str, ...] = ()
+    prefill: PrefillReport | None = None
 
     @property
     def share(self) -> float:
@@ -41,7 +46,7 @@ class CacheReport:
     def __str__(self) -> str:
         sizes = f"{self.bytes_kept:,} of {self.bytes_full:,} bytes ({self.share:.1%})"
         read = "" if self.read_share is None else f", {self.read_share:.1%} of them read by decoded tokens"
-        notes = "".join(f"; {note}" for note in self.notes)
+        notes = "".join(f"; {note}" for note in (*self.notes, *([] if self.prefill is None else [self.prefill])))
         return f"{self.method}: {self.tokens_seen} tokens seen, {sizes} held{read}{notes}"
 
 

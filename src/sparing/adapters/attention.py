@@ -46,9 +46,14 @@ def attention_over(base: str) -> Callable[..., AttentionResult]:
             return key.layer.attend(query, softmax, padding).transpose(1, 2).contiguous(), None
         layer = take_updated_layer()
         padding = attention_mask.padding if isinstance(attention_mask, LazyMask) else None
-        mask = attention_mask.for_base() if isinstance(attention_mask, LazyMask) else attention_mask
         if layer is not None:
             layer.receive(module, query, key)
+            sparse = layer.attend_sparsely(query, key, value, softmax, attention_mask, kwargs.get("position_bias"))
+            if sparse is not None:
+                layer.observe(query, key, value, softmax, padding)
+                return sparse.transpose(1, 2).contiguous(), None
+        mask = attention_mask.for_base() if isinstance(attention_mask, LazyMask) else attention_mask
+        if layer is not None:
             mask = layer.short_mask(query, mask, base)
         out = base_attention(base, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         if layer is not None:

@@ -14,10 +14,12 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from sparing.adapters.accounting import CacheReport, bytes_alive
 from sparing.adapters.layers import EvictingLayer
+from sparing.adapters.prefilling import Prefilling
 from sparing.adapters.replaying import Tape, replay
 from sparing.adapters.structure import Structure
 from sparing.core.method import Method, Parts
 from sparing.core.plan import LayerPlan, Plan
+from sparing.core.prefill import SparsePrefill
 from sparing.core.scorer import Replay, Scorer, standardised
 from sparing.core.token_scores import TokenScores
 from sparing.errors import CacheStateError, UnsupportedModelError
@@ -30,9 +32,16 @@ class EvictingCache(Cache):
         structure: the model's structure.
         method: what to keep; None for a cache that only watches, to be forked (see `fork`).
         watch: scorers that observe the prompt, in addition to the method's.
+        reading: how prompts are read, of a cache that only watches; None for dense attention.
     """
 
-    def __init__(self, structure: Structure, method: Method | None, watch: Sequence[Scorer] = ()) -> None:
+    def __init__(
+        self,
+        structure: Structure,
+        method: Method | None,
+        watch: Sequence[Scorer] = (),
+        reading: SparsePrefill | None = None,
+    ) -> None:
         layers: list[Any] = list(DynamicCache(config=structure.config).layers)
         self.structure, self.method = structure, method
         self.evicting: list[EvictingLayer] = []
@@ -48,6 +57,8 @@ class EvictingCache(Cache):
         self.replaying: tuple[Scorer, Replay] | None = None
         self.tape = Tape()
         self.to_read: tuple[int, list[Tensor]] = (0, [])  # tokens seen, and what each head of each layer then reads
+        reading = reading if method is None else method.reading
+        self.prefilling = None if reading is None else Prefilling(reading)
         self._padding: Tensor | None = None
         self._notes: tuple[str, ...] = ()
         super().__init__(layers=layers)
@@ -60,6 +71,8 @@ class EvictingCache(Cache):
         Everything up to there is read before anything is dropped, in however many chunks; tokens beyond it are
         never dropped with the prompt. Without this the prompt ends at the first forward of a single token.
         """
+        if self.prefilling is not None:
+            self.prefilling.begin_turn(self.evicting[0].seen, length)
         if self.method is not None and self.method.keeps_all:
             return
         if self.is_due:  # an earlier turn ended with its prompt: it must not wait for this one
@@ -114,6 +127,7 @@ class EvictingCache(Cache):
     def after_reset(self) -> None:
         """The cache is empty again."""
         self.plan, self.prompt_length, self.is_reading, self._padding = None, None, False, None
+        self.prefilling = None if self.prefilling is None else Prefilling(self.prefilling.method)
         self.tape.cut(0)
         self.to_read = (0, [])
 
@@ -264,6 +278,9 @@ class EvictingCache(Cache):
         """
         if any(layer.is_compressed for layer in self.evicting):
             raise CacheStateError("only a cache that has dropped nothing can be forked")
+        if method.reading != (None if self.prefilling is None else self.prefilling.method):
+            problem = f"the prompt was not read as {method.label} reads it"
+            raise CacheStateError(problem, "name the methods when making the cache: session.watching_cache([...])")
         if not method.keeps_all and method.parts().scorer not in self.scorers:
             problem = f"the scorer of {method.label} did not watch the prompt"
             raise CacheStateError(problem, "name the method when making the cache: session.watching_cache([...])")
@@ -289,6 +306,7 @@ class EvictingCache(Cache):
         child.plan, child._padding = self.plan, self._padding
         child.prompt_length, child.is_reading = self.prompt_length, self.is_reading
         child.tape, child._notes = self.tape.copy(), self._notes
+        child.prefilling = None if self.prefilling is None else self.prefilling.copy()
         mine: Any
         new: Any
         for index, (mine, new) in enumerate(zip(self.layers, child.layers, strict=True)):
@@ -331,7 +349,8 @@ class EvictingCache(Cache):
         there = sum(part.seen for part in reading)
         share = sum(part.read for part in reading) / there if there else None
         sizes = self.bytes_full, self.bytes_kept
-        return CacheReport(label, self.evicting[0].seen, *sizes, self.plan, share, self._notes)
+        prefill = None if self.prefilling is None else self.prefilling.report
+        return CacheReport(label, self.evicting[0].seen, *sizes, self.plan, share, self._notes, prefill)
 
 
 def _standardised(scores: TokenScores) -> TokenScores:

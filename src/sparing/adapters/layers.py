@@ -19,7 +19,7 @@ from sparing.adapters.handles import RaggedHandle, note_updated_layer
 from sparing.adapters.holding import HoldingLayer
 from sparing.adapters.reading import attend_and_read
 from sparing.core.scorer import Queries, Softmax
-from sparing.errors import CacheStateError
+from sparing.errors import CacheStateError, UnsupportedModelError
 from sparing.kernels.attend import attend
 
 
@@ -161,6 +161,23 @@ class EvictingLayer(HoldingLayer):
         self.attended = True
         self.is_transformed = key is not self.keys
         self.note_module(module, query.shape[1])
+
+    def attend_sparsely(
+        self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, mask: Any, position_bias: Any
+    ) -> Tensor | None:
+        """Attention over the prompt as its method reads it, (B, Hq, q, Dv); None where it is to be dense.
+
+        Raises:
+            UnsupportedModelError: the model adds to its logits, or has a mask that is more than causal.
+            MethodRefusedError: a chunk that the method cannot read. CacheStateError: pads that are not on the left.
+        """
+        prefilling = self.cache.prefilling
+        if prefilling is None or self.short_valid is not None:
+            return None
+        if position_bias is not None:
+            problem = "adds a position bias to its logits, which sparse prefill does not offer"
+            raise UnsupportedModelError(self.cache.structure.name, problem)
+        return prefilling.attend(self, (query, key, value), softmax, mask)
 
     def short_mask(self, query: Tensor, mask: Tensor | None, base: str) -> Tensor | None:
         """The mask over what is stored, for a layer that has evicted whole tokens; else the one given."""

@@ -74,7 +74,7 @@ def generate(
     from sparing.compare.ask import ask
     from sparing.compare.loading import load_model
     from sparing.core.budget import parse_keep
-    from sparing.core.method import parse_method
+    from sparing.core.parsing import parse_method
     from sparing.tasks.user_files import read_text
 
     method = parse_method(method_text, parse_keep(keep_text))
@@ -90,7 +90,7 @@ def _contestants(method_text: str, keep_text: str) -> list[Contestant]:
     from sparing.compare.sweep import Contestant
     from sparing.core.budget import parse_keep
     from sparing.core.method import methods as registered
-    from sparing.core.method import parse_method, split_methods
+    from sparing.core.parsing import parse_method, split_methods
 
     names = split_methods(method_text)
     if method_text == "all":

@@ -40,8 +40,8 @@ def ask(
     prompt, fed = ([*context_ids, *question_ids], []) if query_aware else (context_ids, question_ids)
     with use(loaded.model, method) as session:
         engine = Engine(loaded, session)
-        reading = engine.read(prompt, [method])
         for each in (method, FULL) if compare_full else (method,):
+            reading = engine.read(prompt, [each])
             if compare_full:
                 click.secho("full cache" if each is FULL else f"{method.label}, keep {method.keep}", bold=True)
             _answer(engine, reading, each, fed, max_new_tokens)
@@ -67,10 +67,11 @@ def _answer(engine: Engine, reading: Reading, method: Method, fed: list[int], ma
     report = compressed.cache.report()
     plan = report.plan
     read = f", {compressed.read[-1]:.1%} of them read per token" if compressed.read else ""
+    prefill = f"{report.prefill}; " if report.prefill else ""
     entries = f"kept {plan.tokens_kept:,} of {plan.tokens_seen:,} entries, " if plan else "kept everything, "
     click.secho(
         f"\n[{entries}{report.bytes_kept:,} of {report.bytes_full:,} bytes ({report.share:.1%}){read}; "
-        f"read {reading.cache.evicting[0].seen} tokens in {compressed.seconds:.2f} s, "
+        f"{prefill}read {reading.cache.evicting[0].seen} tokens in {compressed.seconds:.2f} s, "
         f"wrote {len(output.token_ids)} in {seconds:.2f} s]",
         dim=True,
     )

@@ -78,9 +78,8 @@ class Engine:
 
     @torch.inference_mode()
     def read(self, token_ids: Sequence[int], methods: Iterable[Method]) -> Reading:
-        """Read a prompt once, with the scorers of all methods watching."""
-        watched = [method for method in methods if not method.keeps_all]
-        cache = self.session.watching_cache(watched)
+        """Read a prompt once, as all the methods read it, with their scorers watching."""
+        cache = self.session.watching_cache(methods)
         cache.expect_prompt(len(token_ids))
         self._synchronize()
         began = time.perf_counter()

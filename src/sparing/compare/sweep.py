@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sparing.compare.engine import FULL, Compressed, Engine, Output, Reading
@@ -22,6 +22,7 @@ from sparing.compare.loading import LoadedModel
 from sparing.compare.store import ResultStore, row_key
 from sparing.core.method import Method
 from sparing.core.plan import Plan
+from sparing.core.prefill import SparsePrefill
 from sparing.errors import InvalidInputError, MethodRefusedError
 from sparing.session import check_measurements, use
 from sparing.tasks import Question, Sample, Task, bootstrap, context_means, wilson
@@ -61,6 +62,7 @@ class Tally:
     Attributes:
         scores: [context][question] in [0, 1]. shares: [context] → the plan's shares, or None if nothing was dropped.
         read: of every answer, the share of the stored tokens that it read, for methods that read a part.
+        density: of every prompt, the share of dense attention that was computed, for methods that read it sparsely.
     """
 
     scores: list[list[float]] = field(default_factory=list)
@@ -72,6 +74,7 @@ class Tally:
     peak: int = 0
     plans: list[Plan | None] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
+    density: list[float] = field(default_factory=list)
 
 
 class Sweep:
@@ -96,7 +99,8 @@ class Sweep:
             raise InvalidInputError("samples", samples, "a number of contexts >= 1")
         self.loaded, self.samples, self.seed, self.store, self.progress = loaded, samples, seed, store, progress
         check_measurements(loaded.model, [contestant.method for contestant in contestants])
-        self.contestants = [Contestant("full", FULL), *contestants]
+        # What a method computes is compared, also at lengths at which dense attention would be faster.
+        self.contestants = [Contestant("full", FULL), *(Contestant(c.name, _always(c.method)) for c in contestants)]
         self.example: dict[str, Any] | None = None
 
     def refusals(self, cell: Cell) -> dict[Contestant, MethodRefusedError]:
@@ -147,21 +151,22 @@ class Sweep:
             for tally in tallies.values():
                 tally.scores.append([])
             for prompt, questions in _prompts(cell.mode, sample):
-                reading = engine.read(prompt, [c.method for c in missing])
-                for contestant in missing:
-                    reset_peak_memory()
-                    compressed = engine.compress(reading, contestant.method)
-                    tally = tallies[contestant]
-                    _account(tally, compressed)
-                    for number, question in questions:
-                        output = self._ask(engine, cell, question, reading, compressed, tally)
-                        if contestant.is_full:
-                            full_outputs[index, number] = output
-                        score = self._score(cell.task, question, output, full_outputs[index, number])
-                        tally.scores[-1].append(score)
-                        self._keep_example(cell, sample, question, contestant, compressed, output)
-                    tally.read += compressed.read
-                    tally.peak = max(tally.peak, peak_memory_bytes() or 0)
+                for alike in _read_alike(missing):
+                    reading = engine.read(prompt, [c.method for c in alike])
+                    for contestant in alike:
+                        reset_peak_memory()
+                        compressed = engine.compress(reading, contestant.method)
+                        tally = tallies[contestant]
+                        _account(tally, compressed)
+                        for number, question in questions:
+                            output = self._ask(engine, cell, question, reading, compressed, tally)
+                            if contestant.is_full:
+                                full_outputs[index, number] = output
+                            score = self._score(cell.task, question, output, full_outputs[index, number])
+                            tally.scores[-1].append(score)
+                            self._keep_example(cell, sample, question, contestant, compressed, output)
+                        tally.read += compressed.read
+                        tally.peak = max(tally.peak, peak_memory_bytes() or 0)
             self.progress(cell, index + 1)
         for contestant, tally in tallies.items():
             key = self._key(contestant, cell)
@@ -248,6 +253,7 @@ class Sweep:
             "bytes_full": round(statistics.mean(tally.bytes_full)),
             "bytes_kept": round(statistics.mean(tally.bytes_kept)),
             "read_share": statistics.mean(tally.read) if tally.read else None,
+            "density": statistics.mean(tally.density) if tally.density else None,
             "prefill_s": statistics.median(tally.prefill),
             "decode_s_per_token": tally.decode_seconds / tally.decode_steps if tally.decode_steps else None,
             "peak_rss_bytes": tally.peak or None,
@@ -297,6 +303,21 @@ class Sweep:
             self.example["methods"][contestant.name] = entry
 
 
+def _always(method: Method) -> Method:
+    """The method, reading every prompt as it says."""
+    if isinstance(method, SparsePrefill):
+        return replace(method, dispatch="always")
+    return method if method.prefill is None else replace(method, prefill=replace(method.prefill, dispatch="always"))
+
+
+def _read_alike(contestants: Sequence[Contestant]) -> list[list[Contestant]]:
+    """The contestants by how they read the prompt: those that read it alike share it. The full cache comes first."""
+    groups: dict[SparsePrefill | None, list[Contestant]] = {}
+    for contestant in contestants:
+        groups.setdefault(contestant.method.reading, []).append(contestant)
+    return list(groups.values())
+
+
 def _prompts(mode: Mode, sample: Sample) -> Iterator[tuple[list[int], list[tuple[int, Question]]]]:
     """The prompts to compress, each with the questions to ask on it."""
     if mode == "query-agnostic":
@@ -311,6 +332,8 @@ def _account(tally: Tally, compressed: Compressed) -> None:
     tally.bytes_kept.append(compressed.cache.bytes_kept)
     tally.prefill.append(compressed.seconds)
     tally.plans.append(compressed.cache.plan)
+    if compressed.cache.prefilling is not None:
+        tally.density.append(compressed.cache.prefilling.report.density)
 
 
 def _mean_shares(plans: Sequence[Plan | None], layers: int) -> list[list[float] | None]:

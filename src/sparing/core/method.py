@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
 
 from sparing.core.actions import Action, Drop, Rerotate
-from sparing.core.allocate import ALLOCATORS, Allocator, Uniform
+from sparing.core.allocate import Allocator, Uniform
 from sparing.core.budget import Budget, Keep
 from sparing.core.reader import Reader, Watching
-from sparing.core.recipe_text import build, parse_call
 from sparing.core.scorer import Scorer
-from sparing.core.scores import Scores, load_scores
+from sparing.core.scores import Scores
 from sparing.core.token_scores import Unit
-from sparing.errors import InvalidInputError, MethodRefusedError, UnknownNameError, require
+from sparing.errors import InvalidInputError, MethodRefusedError, require
+
+if TYPE_CHECKING:
+    from sparing.core.prefill import SparsePrefill
 
 Moment = Literal["prefill_end", "chunk_end", "every_step"]
+When = Moment | Literal["before_prompt", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class MethodInfo:
     name: str
     family: str
     unit: Unit
-    moment: Moment
+    moment: When
     paper: str
     summary: str
     training_free: bool
@@ -140,6 +142,7 @@ class Method:
         min_prompt: a shorter prompt loses nothing, whatever the ratio. (A number of tokens or bytes is kept to always.)
         bits: 8 or 4 to hold all but the newest tokens as codes (KIVI, arXiv:2402.02750); None or 16: as the model does.
             Codes take less; how many tokens stay is counted as if they did not, also where `keep` is in bytes.
+        prefill: how the prompt is read; None for dense attention.
 
     Raises:
         InvalidInputError: `keep` is no budget. MethodRefusedError: a combination that is not defined.
@@ -148,6 +151,7 @@ class Method:
     keep: Keep = 0.5
     min_prompt: int = field(default=32, kw_only=True)
     bits: int | None = field(default=None, kw_only=True)
+    prefill: SparsePrefill | None = field(default=None, kw_only=True)
 
     info: ClassVar[MethodInfo | None] = None
 
@@ -172,6 +176,11 @@ class Method:
     def parts(self) -> Parts:
         """The scorer, allocator and moment that the fields stand for."""
         raise NotImplementedError
+
+    @property
+    def reading(self) -> SparsePrefill | None:
+        """How the prompt is read; None for dense attention."""
+        return None if self.prefill is None else self.prefill.reading
 
     @property
     def measurements(self) -> tuple[Scores, ...]:
@@ -243,7 +252,7 @@ def register(
     summary: str,
     family: str = "kv_cache",
     unit: Unit = "kv_token",
-    moment: Moment = "prefill_end",
+    moment: When = "prefill_end",
     training_free: bool = True,
     needs: tuple[str, ...] = (),
     python_only: bool = False,
@@ -275,44 +284,3 @@ def methods() -> dict[str, MethodInfo]:
     for module in pkgutil.walk_packages(sparing.methods.__path__, "sparing.methods."):
         importlib.import_module(module.name)
     return dict(sorted(_REGISTRY.items()))
-
-
-def parse_method(text: str, keep: Keep = 0.5) -> Method:
-    """Build a method from text.
-
-    Grammar: `name`, `name(field=value,...)`, or `scorer+allocator` with the scorer of any registered method and
-    any allocator (uniform, pyramid, adaptive, global), each with fields in brackets:
-    `snapkv`, `snapkv(window=16)`, `keydiff+adaptive(floor=0.1)`. The last form evicts at the prompt's end. The
-    `scores` of a method that needs measurements are a file: `duo(scores=duo.safetensors)`. A `keep`
-    among the method's fields comes before the argument. Fields that are no number, word or truth value (a scorer,
-    a tuple) can be set in Python only.
-
-    Raises:
-        UnknownNameError: no such method or allocator.
-        InvalidInputError: text that does not follow the grammar, or a value that the field does not take.
-        InputFileError: a file of scores cannot be read.
-    """
-    head, plus, tail = text.partition("+")
-    name, fields = parse_call(head, "method")
-    known = methods()
-    if name not in known:
-        raise UnknownNameError("method", name, known)
-    allocator_name, allocator_fields = parse_call(tail, "method") if plus else ("uniform", {})
-    if allocator_name not in ALLOCATORS:
-        raise UnknownNameError("allocator", allocator_name, ALLOCATORS)
-    given: dict[str, Any] = {"keep": keep} | fields
-    if known[name].needs and "scores" in fields:
-        given["scores"] = load_scores(fields["scores"])
-    recipe = build(known[name].recipe, given, name)
-    if not plus:
-        return recipe
-    if not recipe.parts().frees:
-        raise MethodRefusedError(name, "drops nothing, so it has no scores to spread a budget by", f"use {name} alone")
-    allocator = build(ALLOCATORS[allocator_name], allocator_fields, allocator_name)
-    more = {"min_prompt": recipe.min_prompt, "bits": recipe.bits}
-    return Evict(keep=recipe.keep, scorer=recipe.parts().scorer, allocator=allocator, **more)
-
-
-def split_methods(text: str) -> list[str]:
-    """Split a list of methods at the commas that are outside brackets."""
-    return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]

@@ -1,4 +1,4 @@
-"""The native decode kernel: attention of one new token over ragged lanes, at the speed of memory.
+"""The native kernels: attention of one new token over ragged lanes, at the speed of memory, and of a prompt by blocks.
 
 Built when the package is installed, where there is a C++ compiler; without it everything works in torch, slower.
 `status()` says in one line which it is.
@@ -23,6 +23,20 @@ _LIBRARY = Path(__file__).parent / "libsparing_kernels.so"
 _TYPES = (torch.float32, torch.bfloat16)
 
 
+class PrefillJob(ctypes.Structure):
+    """What the prefill kernel is given; sparse_prefill.h says what each field is. See `sparse.native_prefill`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "queries", "keys", "values", "blocks", "columns", "column_starts", "out", "lse",
+        )),
+        *((name, ctypes.c_int32) for name in (
+            "query_heads", "heads", "tokens", "start", "dim", "value_dim", "size", "groups", "blocks_per_group",
+        )),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    )  # fmt: skip
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled library; None if it was not built, or is switched off by SPARING_NATIVE=0."""
@@ -32,7 +46,7 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_LIBRARY))
     except OSError:
         return None
-    if not hasattr(library, "sparing_has_coded_kernel"):  # built from older sources
+    if not hasattr(library, "sparing_sparse_prefill"):  # built from older sources
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.sparing_ragged_decode.argtypes = [
@@ -42,6 +56,8 @@ def _library() -> ctypes.CDLL | None:
     library.sparing_coded_decode.argtypes = [
         *[number] * 7, *[pointer] * 10, ctypes.c_float, pointer, pointer,
     ]  # fmt: skip
+    library.sparing_sparse_prefill.argtypes = [number, number, number, ctypes.POINTER(PrefillJob)]
+    library.sparing_sparse_prefill.restype = None
     return library
 
 
@@ -54,6 +70,11 @@ def status() -> str:
         return "native decode kernel: off (SPARING_NATIVE=0)"
     fix = "python -m sparing.kernels.native.build"
     return f"native decode kernel: off, torch decodes (no C++ compiler when installed; with one, run `{fix}`)"
+
+
+def is_built() -> bool:
+    """True if the native kernels are there and not switched off."""
+    return _library() is not None
 
 
 def can_decode(query: Tensor, keys: Tensor, values: Tensor, group: int) -> bool:
@@ -153,6 +174,13 @@ def coded_decode(
         )  # fmt: skip
         assert not failed, f"no kernel for head size {dim}, group {group}"
     return out.to(queries.dtype), lse
+
+
+def sparse_prefill(job: PrefillJob, dtype: torch.dtype, instruction_set: str | None = None) -> None:
+    """Run the prefill kernel on `torch.get_num_threads()` threads; what the job points to has to live until then."""
+    library = _library()
+    assert library is not None, status()
+    library.sparing_sparse_prefill(_isa(instruction_set), torch.get_num_threads(), dtype == torch.bfloat16, job)
 
 
 def _isa(name: str | None) -> int:

@@ -18,6 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LIBRARY = HERE / "libsparing_kernels.so"
 
+# Each is an .inc, compiled for every instruction set, and a .cpp with what is called from outside.
+_KERNELS = ("ragged_decode", "sparse_prefill")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
 # Instruction set → floats in a register, and what the compiler has to be told.
 _PORTABLE = {"portable": (4, ())}
@@ -49,10 +51,10 @@ def build() -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         jobs = [
             (*flags, *more, f"-DSPARING_ISA={isa}", f"-DSPARING_WIDTH={width}", "-x", "c++", "-c",
-             str(HERE / "ragged_decode.inc"), "-o", f"{scratch}/{isa}.o")
-            for isa, (width, more) in sets.items()
+             str(HERE / f"{kernel}.inc"), "-o", f"{scratch}/{kernel}.{isa}.o")
+            for kernel in _KERNELS for isa, (width, more) in sets.items()
         ]  # fmt: skip
-        jobs.append((*flags, "-c", str(HERE / "ragged_decode.cpp"), "-o", f"{scratch}/main.o"))
+        jobs += [(*flags, "-c", str(HERE / f"{kernel}.cpp"), "-o", f"{scratch}/{kernel}.o") for kernel in _KERNELS]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda job: _run(cxx, *job), jobs))
         made = Path(scratch) / LIBRARY.name

@@ -7,23 +7,11 @@
 #include <cstring>
 #include <vector>
 
+#include "isa.h"
 #include "threads.h"
 
 namespace sparing {
 namespace {
-
-enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
-
-Isa best() {
-#ifdef SPARING_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-        return AVX512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
-#endif
-    return PORTABLE;
-}
 
 // The function of the given instruction set for these sizes, or of the next simpler one that has it; null if none has.
 template <class F, class G>

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from sparing.core.method import parse_method
+from sparing.core.parsing import parse_method
 from sparing.errors import (
     CacheStateError,
     InvalidInputError,

@@ -1,0 +1,154 @@
+"""Allocators of blocks: scores of blocks and a budget of (query, key) pairs in, blocks that are computed out.
+
+Every one of them stays within the budget of a layer, heads times pairs, unless what is always on exceeds it, and leaves
+less than a block of every row (or of the layer, where all rows share it) unused. Ties go to the earlier block.
+
+Shape legend: Hq query heads, nq blocks of query rows, nk blocks of keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparing.core.budget import round_to_total
+from sparing.errors import require
+
+
+@dataclass(frozen=True)
+class BlockBudget:
+    """How much may be computed.
+
+    Attributes:
+        areas: (nq, nk) int64 pairs of every block. reachable: (nq, nk) bool, blocks with any pair.
+        forced: (Hq, nq, nk) bool, blocks that are on in any case. pairs: per head, on average.
+    """
+
+    areas: Tensor
+    reachable: Tensor
+    forced: Tensor
+    pairs: int
+
+    @property
+    def free(self) -> Tensor:
+        """(Hq, nq, nk) bool: blocks to choose from."""
+        return self.reachable & ~self.forced
+
+    @property
+    def left(self) -> int:
+        """Pairs of the whole layer that are left to choose; at least 0."""
+        return max(self.pairs * self.forced.shape[0] - int((self.forced * self.areas).sum()), 0)
+
+
+class BlockAllocator(Protocol):
+    """Chooses blocks."""
+
+    def allocate(self, scores: Tensor, budget: BlockBudget, *, is_mass: bool) -> Tensor:
+        """(Hq, nq, nk) bool: blocks that are on, the forced ones among them.
+
+        Args:
+            scores: (Hq, nq, nk) float32, higher = keep. is_mass: they estimate attention mass; where they do not,
+                allocators that compare rows use their softmax over a row instead.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class EqualRows:
+    """Every query row of every head reads the same share of the keys before it."""
+
+    def allocate(self, scores: Tensor, budget: BlockBudget, *, is_mass: bool) -> Tensor:
+        """See `BlockAllocator.allocate`."""
+        heads = scores.shape[0]
+        free = budget.free
+        whole = int(budget.areas.max())
+        counts = torch.zeros(heads, scores.shape[1], dtype=torch.int64)
+        for head in range(heads):
+            counts[head] = _row_counts(budget, free[head].sum(-1), head, whole)
+        return budget.forced | _best_of_rows(scores, free, counts.to(scores.device))
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """The best blocks of a layer, whichever head and row they belong to."""
+
+    def allocate(self, scores: Tensor, budget: BlockBudget, *, is_mass: bool) -> Tensor:
+        """See `BlockAllocator.allocate`."""
+        return budget.forced | best_within(as_mass(scores, budget.reachable, is_mass), budget)
+
+
+@dataclass(frozen=True)
+class TopMass:
+    """Every row reads its best blocks until they hold a share of its mass, the block that crosses it included.
+
+    Blocks are taken in the order of the mass that a row's better blocks hold already, least first, over all rows and
+    heads of a layer: with a budget alone, the share is the largest that fits.
+
+    Attributes:
+        mass: the share to hold, in (0, 1]; rows that have it take no more blocks. None: as much as the budget allows.
+    """
+
+    mass: float | None = None
+
+    def __post_init__(self) -> None:
+        is_share = self.mass is None or 0 < self.mass <= 1
+        require(is_share, "TopMass.mass", self.mass, "a share in (0, 1], or None")
+
+    def allocate(self, scores: Tensor, budget: BlockBudget, *, is_mass: bool) -> Tensor:
+        """See `BlockAllocator.allocate`."""
+        held = mass_of_better(as_mass(scores, budget.reachable, is_mass), budget.forced)
+        wanted = budget.free if self.mass is None else budget.free & (held < self.mass)
+        return budget.forced | best_within(-held, budget, wanted)
+
+
+BLOCK_ALLOCATORS = {"rows": EqualRows, "layer": AllRows, "top_mass": TopMass}
+
+
+def as_mass(scores: Tensor, reachable: Tensor, is_mass: bool) -> Tensor:
+    """(Hq, nq, nk) scores as shares of each row that sum to 1."""
+    if not is_mass:
+        return scores.masked_fill(~reachable, -torch.inf).softmax(-1)
+    there = scores.masked_fill(~reachable, 0.0).clamp_min(0.0)
+    return there / there.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
+def mass_of_better(mass: Tensor, forced: Tensor) -> Tensor:
+    """(Hq, nq, nk): the mass that the better blocks of the same row hold, forced ones before all others."""
+    ordered, order = (mass + 2.0 * forced).sort(dim=-1, descending=True, stable=True)
+    ordered = ordered - 2.0 * forced.gather(-1, order)
+    return torch.empty_like(mass).scatter_(-1, order, ordered.cumsum(-1) - ordered)
+
+
+def best_within(values: Tensor, budget: BlockBudget, wanted: Tensor | None = None) -> Tensor:
+    """(Hq, nq, nk) bool: the blocks of the highest values that fit into what is left, of those wanted."""
+    free = budget.free if wanted is None else wanted
+    order = values.masked_fill(~free, -torch.inf).flatten().sort(descending=True, stable=True).indices
+    areas = (budget.areas * free).flatten()[order]
+    fits = (areas.cumsum(0) <= budget.left) & (areas > 0)
+    return (
+        torch.zeros_like(free)
+        .flatten()
+        .index_put_((order[fits],), torch.ones_like(order[fits], dtype=torch.bool))
+        .view_as(free)
+    )
+
+
+def _row_counts(budget: BlockBudget, there: Tensor, head: int, whole: int) -> Tensor:
+    """(nq,) how many free blocks each row of a head takes."""
+    taken = (budget.forced[head] * budget.areas).sum(-1)
+    total = budget.areas.sum()
+    wanted = (budget.areas.sum(-1) * (budget.pairs / total) - taken).clamp_min(0)
+    number = min(int(max(budget.pairs - int(taken.sum()), 0)) // whole, int(there.sum()))
+    return round_to_total(wanted, number, high=there.cpu())
+
+
+def _best_of_rows(scores: Tensor, free: Tensor, counts: Tensor) -> Tensor:
+    """(Hq, nq, nk) bool: the `counts` best free blocks of every row."""
+    order = scores.masked_fill(~free, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    )
+    return (rank < counts[..., None]) & free

@@ -1,0 +1,79 @@
+"""Methods as text, as typed on the command line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, replace
+from typing import Any
+
+from sparing.core.allocate import ALLOCATORS
+from sparing.core.allocate_blocks import BLOCK_ALLOCATORS
+from sparing.core.budget import Keep
+from sparing.core.method import Evict, Method, methods
+from sparing.core.prefill import BlockSparse, SparsePrefill
+from sparing.core.recipe_text import build, parse_call
+from sparing.core.scores import load_scores
+from sparing.errors import MethodRefusedError, UnknownNameError
+
+
+def parse_method(text: str, keep: Keep = 0.5) -> Method:
+    """Build a method from text.
+
+    Grammar: `name`, `name(field=value,...)`, or `scorer+allocator` with the scorer of any registered method and
+    any allocator for what it ranks (of tokens: uniform, pyramid, adaptive, global; of blocks: rows, layer, top_mass),
+    each with fields in brackets: `snapkv`, `snapkv(window=16)`, `keydiff+adaptive(floor=0.1)`, `xattention+rows`. A
+    token scorer with an allocator evicts at the prompt's end. `prefill & method` reads the prompt by the first and
+    stores by the second: `xattention(keep=0.25) & snapkv`. The `scores` of a method that needs measurements are a file:
+    `duo(scores=duo.safetensors)`. A `keep` among a method's fields comes before the argument, which is that of the
+    last method named. Fields that are no number, word or truth value (a scorer, a tuple) can be set in Python only.
+
+    Raises:
+        UnknownNameError: no such method or allocator.
+        InvalidInputError: text that does not follow the grammar, or a value that the field does not take.
+        InputFileError: a file of scores cannot be read.
+        MethodRefusedError: two methods that do not go together.
+    """
+    first, ampersand, second = text.partition("&")
+    if not ampersand:
+        return _single(first, {"keep": keep})
+    prefill, method = _single(first, {}), _single(second, {"keep": keep})
+    if not isinstance(prefill, SparsePrefill) or isinstance(method, SparsePrefill):
+        problem = "does not go together: one method reads the prompt, the other says what is stored"
+        raise MethodRefusedError(text.strip(), problem, 'write "prefill method & KV method"')
+    return replace(method, prefill=prefill)
+
+
+def split_methods(text: str) -> list[str]:
+    """Split a list of methods at the commas that are outside brackets."""
+    return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
+
+
+def _single(text: str, defaults: dict[str, Any]) -> Method:
+    """One method, with an allocator or without."""
+    head, plus, tail = text.partition("+")
+    name, words = parse_call(head, "method")
+    known = methods()
+    if name not in known:
+        raise UnknownNameError("method", name, known)
+    given = defaults | words
+    if known[name].needs and "scores" in words:
+        given["scores"] = load_scores(words["scores"])
+    recipe: Method = build(known[name].recipe, given, name)
+    return _allocated(recipe, tail, name) if plus else recipe
+
+
+def _allocated(recipe: Method, text: str, name: str) -> Method:
+    """The scorer of a recipe with another allocator."""
+    known: dict[str, Any] = BLOCK_ALLOCATORS if isinstance(recipe, SparsePrefill) else ALLOCATORS
+    allocator_name, given = parse_call(text, "method")
+    if allocator_name not in known:
+        raise UnknownNameError("allocator", allocator_name, known)
+    allocator = build(known[allocator_name], given, allocator_name)
+    common: dict[str, Any] = {f.name: getattr(recipe, f.name) for f in fields(Method)}
+    if isinstance(recipe, SparsePrefill):
+        parts = recipe.block_parts()
+        common |= {"first": parts.first, "recent": parts.recent, "block": recipe.block, "dispatch": recipe.dispatch}
+        return BlockSparse(scorer=parts.scorer, allocator=allocator, **common)
+    if not recipe.parts().frees:
+        raise MethodRefusedError(name, "drops nothing, so it has no scores to spread a budget by", f"use {name} alone")
+    return Evict(scorer=recipe.parts().scorer, allocator=allocator, **common)
