@@ -13,7 +13,15 @@ from sparing.methods.kv.h2o import AccumulatedAttention
 from sparing.methods.kv.keydiff import KeyDifference
 from sparing.methods.kv.knorm import KeyNorm
 from sparing.methods.kv.snapkv import WindowAttention
-from sparing.testing import TINY_MODELS, Driver, held_positions, measured_bytes, random_prompt, run_untouched, tiny_model
+from sparing.testing import (
+    TINY_MODELS,
+    Driver,
+    held_positions,
+    measured_bytes,
+    random_prompt,
+    run_untouched,
+    tiny_model,
+)
 
 torch.set_num_threads(1)
 PER_TOKEN = 2 * 8 * 4 + 4  # a key and a value of 8 float32, and an int32 position
