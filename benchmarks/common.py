@@ -6,6 +6,7 @@ Imports torch and transformers only, so that the same code runs in an environmen
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import platform
@@ -156,7 +157,12 @@ def hardware() -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str]:
     """Python and the given packages."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def _version(name: str) -> str:
+    """Of this project what is running, whatever was installed."""
+    return importlib.import_module(name).__version__ if name == "sparing" else metadata.version(name)
 
 
 def command() -> str:

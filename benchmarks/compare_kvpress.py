@@ -1,8 +1,13 @@
-"""sparing against kvpress: bytes held and decode time per token, on the same model and prompt.
+"""sparing against kvpress: what is kept, bytes held and decode time per token, on the same model and prompt.
 
 kvpress 0.5.5 does not run on the transformers that sparing uses, so it gets an environment of its own (made on the
 first run, in a folder that git ignores) and a process of its own. The two processes take turns, one contestant at a
 time, in every round. As their versions differ, times are compared as ratios to each one's own dense cache.
+
+Methods are set up as alike as their arguments allow. What they keep is compared once more "aligned": with the known
+differences taken out, by small subclasses of the presses in kvpress_driver.py or by `Pair.aligned` in kvpress_pairs.py.
+Both libraries also have CaM, which is not compared: kvpress' merges only while decoding, after a dense prompt. Wrappers
+of kvpress (key rotation, blocks, chunks, CriticalAdaKV) are not compared on their own.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -38,9 +43,12 @@ from common import (
     versions,
     write,
 )
+from kvpress_pairs import DRAWN, METHODS
 from transformers import DynamicCache, StaticCache
 
 import sparing
+from sparing.methods.kv.leverage import LeverageScore
+from sparing.methods.kv.streaming_llm import Recency
 
 HERE = Path(__file__).parent
 ENVIRONMENT = HERE.parent / ".bench-kvpress"
@@ -59,7 +67,13 @@ class Kvpress:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         greeting = self._ask(setting)
-        self.versions, self.names = greeting["versions"], greeting["names"]
+        self.versions, self.known = greeting["versions"], greeting["names"]
+        self.names = [name for name in self.known if not name.endswith(" aligned")]
+        self.instruction, self.gates = tuple(greeting["instruction"]), tuple(map(tuple, greeting["gates"]))
+
+    def kept(self, name: str, seed: int) -> dict[str, Any]:
+        """[layer][KV head] → positions ("tokens") and "channels" of keys."""
+        return self._ask({"do": "kept", "name": name, "seed": seed})
 
     def prefill(self, name: str) -> tuple[Time, int]:
         """Read the prompt; the time and the bytes held afterwards."""
@@ -75,7 +89,7 @@ class Kvpress:
         """End the process."""
         self.process.communicate()
 
-    def _ask(self, request: dict[str, Any]) -> Any:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -83,7 +97,8 @@ class Kvpress:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit("the kvpress process ended; see its message above")
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 def _python() -> str:
@@ -100,10 +115,16 @@ def _python() -> str:
 class Sparing:
     """This process, with the same answers as `Kvpress`."""
 
-    def __init__(self, setting: dict[str, Any], model: Any) -> None:
+    def __init__(self, setting: dict[str, Any], model: Any, kvpress: Kvpress) -> None:
         self.model, self.setting = model, setting
         self.prompt = random_prompt(setting["tokens"], setting["seed"])
-        self.methods = {f"{name} {keep:g}": sparing.parse_method(name, keep) for name, keep in setting["methods"]}
+        self.methods, self.aligned = {}, {}
+        for name, keep in setting["methods"]:
+            pair, label = METHODS[name], f"{name} {keep:g}"
+            self.methods[label] = _method(pair.spec, keep, kvpress)
+            self.aligned[label] = _method(pair.aligned or pair.spec, keep, kvpress)
+            if name == "leverage":
+                self.aligned[label] = sparing.Evict(keep, scorer=LeverageScore(sketch=0, first=0, recent=0))
         self.names = ["dynamic", "static", *self.methods]
         self.versions = versions("torch", "transformers") | {"sparing": sparing.__version__}
         self.caches: dict[str, Any] = {}
@@ -126,8 +147,23 @@ class Sparing:
         self.tokens[name] = torch.zeros(1, 1, dtype=torch.int64)
         return time, bytes_held(self.caches[name])
 
-    def _read(self, cache: Any) -> None:
-        self.model(self.prompt, past_key_values=cache, logits_to_keep=1)
+    def _read(self, cache: Any) -> Any:
+        return self.model(self.prompt, past_key_values=cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def kept(self, name: str, *, aligned: bool) -> dict[str, Any]:
+        """[layer][KV head] → positions ("tokens") and "channels" of keys."""
+        with sparing.use(self.model, (self.aligned if aligned else self.methods)[name]) as session:
+            cache = session.new_cache()
+            self._read(cache)
+            plan = session.report(cache).plan
+        assert plan is not None
+        channels = []
+        for layer in cache.layers:
+            coding = getattr(layer.store, "coding", None)
+            chosen = None if coding is None or coding.channels is None else coding.channels.tolist()
+            channels.append(chosen or [list(range(self.model.config.head_dim))] * self.model.config.num_key_value_heads)
+        return {"tokens": [[head.tolist() for head in layer.kept[0]] for layer in plan.layers], "channels": channels}
 
     def decode(self, name: str, steps: int) -> tuple[Time, int]:
         """Decode some tokens."""
@@ -143,8 +179,13 @@ class Sparing:
         self.positions[name] += steps
         return time, bytes_held(self.caches[name])
 
-    def close(self) -> None:
-        """Nothing to end."""
+
+def _method(spec: str, keep: float, kvpress: Kvpress) -> sparing.Method:
+    """A method of sparing; the instruction and the gates are kvpress'."""
+    if spec == "duo":
+        return sparing.Evict(keep, scorer=Recency(16), allocator=sparing.FullHeads(kvpress.gates, 16 + 64))
+    method = sparing.parse_method(spec, keep)
+    return replace(method, instruction=kvpress.instruction) if spec == "kvzip" else method
 
 
 @dataclass
@@ -153,10 +194,44 @@ class Record:
 
     prefills: list[Time] = field(default_factory=list)
     decodes: list[Time] = field(default_factory=list)
-    bytes: int = 0
+    bytes: int = 0  # right after the prompt
+    bytes_decoding: int = 0
 
 
 Records = dict[str, dict[str, Record]]
+
+
+def overlap(mine: dict[str, Any], theirs: dict[str, Any], what: str) -> float:
+    """Jaccard overlap of the sets that the two keep, mean over layers and KV heads."""
+    pairs = [
+        (set(a), set(b)) for layers in zip(mine[what], theirs[what], strict=True) for a, b in zip(*layers, strict=True)
+    ]
+    return sum(len(a & b) / len(a | b) for a, b in pairs) / len(pairs)
+
+
+def compare_kept(kvpress: Kvpress, own: Sparing, seed: int) -> list[dict[str, Any]]:
+    """A row per contestant, and another for the channels if some are pruned."""
+    rows = []
+    for name in own.methods:
+        mine, theirs = own.kept(name, aligned=False), kvpress.kept(name, seed)
+        aligned = None
+        if f"{name} aligned" in kvpress.known:
+            aligned = own.kept(name, aligned=True), kvpress.kept(f"{name} aligned", seed)
+        again = kvpress.kept(name, seed + 1) if name.split()[0] in DRAWN else None
+        for what in ("tokens", "channels") if name.startswith("think") else ("tokens",):
+            rows.append(
+                {
+                    "name": name, "what": what, "overlap": overlap(mine, theirs, what),
+                    "aligned": overlap(*aligned, what) if aligned else None,
+                    "kvpress_other_seed": overlap(theirs, again, what) if again else None,
+                    "kept": {"kvpress": _total(theirs[what]), "sparing": _total(mine[what])},
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _total(kept: list[list[list[int]]]) -> int:
+    return sum(len(head) for layer in kept for head in layer)
 
 
 def measure(sides: dict[str, Any], rounds: int, steps: int, prefill_rounds: int) -> Records:
@@ -172,7 +247,8 @@ def measure(sides: dict[str, Any], rounds: int, steps: int, prefill_rounds: int)
     for number in range(rounds + 1):
         for name in _order(names, number):
             for side in _order(list(sides), number):
-                time, _ = sides[side].decode(name, steps)
+                time, size = sides[side].decode(name, steps)
+                records[side][name].bytes_decoding = size
                 if number:  # the first round warms up
                     records[side][name].decodes.append(time)
     return records
@@ -191,6 +267,7 @@ def summarize(records: Records, steps: int) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "library": side, "name": name, "bytes": record.bytes, "bytes_share": record.bytes / dynamic.bytes,
+                    "bytes_share_decoding": record.bytes_decoding / dynamic.bytes_decoding,
                     **medians(record.decodes, steps),
                     "time_vs_dynamic": median_ratio(record.decodes, dynamic.decodes),
                     "time_vs_static": median_ratio(record.decodes, static.decodes),
@@ -203,20 +280,41 @@ def summarize(records: Records, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The result as text."""
-    header = [
-        "cache", "library", "MiB", "share", "CPU ms", "time / dynamic", "(wall)", "time / static", "prefill / dynamic",
-    ]  # fmt: skip
-    order = [row["name"] for row in result["rows"] if row["library"] == "sparing"]
+def kept_table(rows: list[dict[str, Any]]) -> str:
+    """What is kept, and why it differs."""
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
     cells = [
         [
-            row["name"], row["library"], f"{row['bytes'] / 2**20:.2f}", f"{row['bytes_share']:.3f}",
-            f"{row['cpu_ms']:.2f}", f"{row['time_vs_dynamic']:.2f}", f"{row['time_vs_dynamic_wall']:.2f}",
-            f"{row['time_vs_static']:.2f}", f"{row['prefill_vs_dynamic']:.2f}",
+            row["name"] + (", key channels" if row["what"] == "channels" else ""),
+            row["kept"]["kvpress"], row["kept"]["sparing"], number(row["overlap"]), number(row["aligned"]),
+            number(row["kvpress_other_seed"]), METHODS[row["name"].split()[0]].why,
         ]
-        for row in sorted(result["rows"], key=lambda row: order.index(row["name"]))
+        for row in rows
     ]  # fmt: skip
+    header = ["method", "kept, kvpress", "sparing", "overlap", "aligned", "kvpress, other seed", "why they differ"]
+    return table(header, cells)
+
+
+def cost_table(rows: list[dict[str, Any]]) -> str:
+    """Bytes and times, the libraries side by side."""
+    formats = {
+        "bytes_share": ".3f", "bytes_share_decoding": ".3f", "cpu_ms": ".2f", "time_vs_dynamic": ".2f",
+        "time_vs_static": ".2f", "prefill_vs_dynamic": ".2f",
+    }  # fmt: skip
+    titles = ["bytes", "bytes, decoding", "ms per token", "time : dynamic", "time : static", "prefill : dynamic"]
+    sides = [{row["name"]: row for row in rows if row["library"] == side} for side in ("kvpress", "sparing")]
+    cells = [
+        [name, *(" / ".join(f"{side[name][key]:{how}}" for side in sides) for key, how in formats.items())]
+        for name in sides[0]
+    ]
+    return table(["cache", *titles], cells)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as text."""
     other = ", ".join(f"{name} {version}" for name, version in result["kvpress_versions"].items())
     return "\n".join(
         [
@@ -224,12 +322,25 @@ def markdown(result: dict[str, Any]) -> str:
             f"- kvpress' own environment: {other}",
             f"- Model: random Llama ({result['size']}), {result['dtype']}; prompt of {result['tokens']} random tokens, "
             f"really prefilled {result['prefill_rounds']} times; {result['rounds']} rounds of {result['steps']} tokens",
-            "- Ratios are medians within a round, CPU time unless marked wall, each against the same library's own "
-            "dense cache: below 1 is faster than no compression",
-            "- Bytes right after the prompt: kvpress' keys and values; sparing's with slack and bookkeeping. What "
-            "kvpress keeps beside the cache (the indices of masked keys) is not counted",
             "",
-            table(header, cells),
+            "## What is kept",
+            "",
+            "Overlap is Jaccard's (common / either), mean over layers and KV heads; kept counts are over all of them. "
+            "Aligned: with the difference named in the last column taken out. Weights and tokens are random: this "
+            "compares definitions, not quality.",
+            "",
+            kept_table(result["kept"]),
+            "",
+            "## What it costs",
+            "",
+            "Every cell: kvpress / sparing. Bytes as a share of the same library's dense dynamic cache, right after "
+            "the prompt and at the last decoded token: all tensors in the cache, slack and bookkeeping included; the "
+            "indices of masked keys that kvpress keeps elsewhere are not counted. kvpress' kvzip is a slice of the "
+            "cache with the replay until the first decoded token. Times are CPU time; ratios are medians of the "
+            "ratios within a round, each against the same library's own dense cache: below 1 is faster than no "
+            "compression.",
+            "",
+            cost_table(result["rows"]),
             "",
         ]
     )
@@ -240,11 +351,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="14m")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.1])
-    parser.add_argument("--methods", nargs="+", default=["snapkv", "knorm", "expected_attention", "adakv"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prefill-rounds", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prefill-rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=16, help="tokens per round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -263,14 +374,16 @@ def main() -> None:
     model = random_llama(args.size, DTYPES[args.dtype], args.seed)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        sides = {"kvpress": Kvpress({**setting, "model": folder}), "sparing": Sparing(setting, model)}
-        records = measure(sides, args.rounds, args.steps, args.prefill_rounds)
-        sides["kvpress"].close()
+        kvpress = Kvpress({**setting, "model": folder})
+        own = Sparing(setting, model, kvpress)
+        kept = compare_kept(kvpress, own, args.seed)
+        records = measure({"kvpress": kvpress, "sparing": own}, args.rounds, args.steps, args.prefill_rounds)
+        kvpress.close()
     result = {
-        "hardware": hardware(), "versions": sides["sparing"].versions, "kvpress_versions": sides["kvpress"].versions,
+        "hardware": hardware(), "versions": own.versions, "kvpress_versions": kvpress.versions,
         "command": command(), "seed": args.seed, "date": str(date.today()), "size": args.size, "dtype": args.dtype,
         "tokens": args.tokens, "prefill_rounds": args.prefill_rounds, "rounds": args.rounds, "steps": args.steps,
-        "rows": summarize(records, args.steps),
+        "kept": kept, "why": {name: pair.why for name, pair in METHODS.items()}, "rows": summarize(records, args.steps),
     }  # fmt: skip
     write(args.name, result, markdown(result))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ from typing import Any
 
 from common import command, hardware, header_text, table, versions, write
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sparing.compare.report.summary import Entry, Section, summary
 from sparing.core.method import methods
 
 ROOT = Path(__file__).parent.parent
+NAMED = 7  # methods of a mode that the picture names
 TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
 
 
@@ -85,11 +88,16 @@ def _markdown(section: Section) -> str:
     lines = []
     for name in sorted(best, key=lambda name: (-_at(section, name, "25 %"), -best[name], name)):
         by_label = {entry.label: entry for entry in section.of(name)}
-        lines.append([name, *(_cell(by_label.get(label)) for label in labels)])
+        lines.append([short(name), *(_cell(by_label.get(label)) for label in labels)])
     full = section.full
     intact = "" if full is None or full.average is None else f", full cache {full.average.score:.2f}"
     counted = ", ".join(cell.label for cell in section.counted)
     return f"## {section.mode}{intact}\n\n{counted}; n = {section.contexts} contexts a task\n\n{table(head, lines)}"
+
+
+def short(name: str) -> str:
+    """A method without the file of its measurement."""
+    return re.sub(r"\(scores=[^,)]*\)", "", name)
 
 
 def _names(section: Section) -> list[str]:
@@ -110,7 +118,7 @@ def _cell(entry: Entry | None) -> str:
 def _row(section: Section, entry: Entry) -> dict[str, Any]:
     average, worst = entry.average, entry.worst
     return {
-        "mode": section.mode, "method": entry.method, "keep": entry.label, "bytes_share": entry.share,
+        "mode": section.mode, "method": short(entry.method), "keep": entry.label, "bytes_share": entry.share,
         "average": None if average is None else [average.score, average.low, average.high],
         "worst": None if worst is None else [worst[0].label, worst[1].estimate.score],
         "prefill_s": entry.prefill_s, "decode_s_per_token": entry.decode_s,
@@ -121,30 +129,40 @@ def _row(section: Section, entry: Entry) -> dict[str, Any]:
 
 
 def _picture(sections: Sequence[Section]) -> Figure:
-    """Average above, worst task below, a column per mode; the methods of the front by name, the others in grey."""
-    figure = Figure(figsize=(5.4 * len(sections), 8.4), layout="constrained")
+    """Average above, worst task below, a column per mode; the best methods by name, the others in grey."""
+    figure = Figure(figsize=(5.4 * len(sections), 9.0), layout="constrained")
     plots = figure.subplots(2, len(sections), squeeze=False, sharey=True)
+    best = [name for section in sections for name in _best(section)]
+    colours = {name: f"C{at % 10}" for at, name in enumerate(dict.fromkeys(best))}
     for column, section in enumerate(sections):
         for row, kind in enumerate(("average", "worst task")):
-            _panel(plots[row][column], section, kind)
+            _panel(plots[row][column], section, kind, colours)
+    handles = {short(name): line for name, line in zip(colours, _samples(colours), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
-def _panel(axes: Any, section: Section, kind: str) -> None:
-    points = {name: _points(section, name, kind) for name in _names(section)}
-    front = _front([(x, y, name) for name, line in points.items() for x, y in line])
-    colours = {name: f"C{at % 10}" for at, name in enumerate(dict.fromkeys(name for *_, name in front))}
-    for name, line in points.items():
+def _best(section: Section) -> list[str]:
+    """The methods with the best averages at 25 %, of those that free memory."""
+    freeing = [name for name in _names(section) if max(entry.share or 0 for entry in section.of(name)) < 0.95]
+    return sorted(freeing, key=lambda name: -_at(section, name, "25 %"))[:NAMED]
+
+
+def _samples(colours: dict[str, str]) -> list[Line2D]:
+    return [Line2D([], [], color=colour, marker="o", markersize=4) for colour in colours.values()]
+
+
+def _panel(axes: Any, section: Section, kind: str, colours: dict[str, str]) -> None:
+    for name in _names(section):
         shown = name in colours
         style = {"color": colours.get(name, "0.8"), "zorder": 3 if shown else 1, "linewidth": 1.4 if shown else 0.7}
-        axes.plot(*zip(*line, strict=True), marker="o", markersize=4 if shown else 2.5, label=name if shown else None,
-                  **style)  # fmt: skip
+        line = _points(section, name, kind)
+        axes.plot(*zip(*line, strict=True), marker="o", markersize=4 if shown else 2.5, **style)
     axes.set_xscale("log")
     axes.set_xticks([0.05, 0.1, 0.25, 0.5, 1.0], ["5 %", "10 %", "25 %", "50 %", "100 %"])
     axes.minorticks_off()
     axes.set(title=f"{section.mode}: {kind}", xlabel="share of cache bytes held", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left")
 
 
 def _points(section: Section, name: str, kind: str) -> list[tuple[float, float]]:
@@ -154,16 +172,6 @@ def _points(section: Section, name: str, kind: str) -> list[tuple[float, float]]
             continue
         found.append((entry.share, entry.average.score if kind == "average" else entry.worst[1].estimate.score))
     return sorted(found) or [(float("nan"), float("nan"))]
-
-
-def _front(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """The points that no other beats with as few bytes."""
-    best, front = -1.0, []
-    for share, score, name in sorted(points, key=lambda point: (point[0], -point[1])):
-        if score > best:
-            best = score
-            front.append((share, score, name))
-    return front
 
 
 if __name__ == "__main__":

@@ -2,17 +2,26 @@
 
 import pytest
 import torch
+from transformers.cache_utils import Cache
 
 from sparing import AdaptiveHeads, Evict, KeyDiff, Pyramid, SnapKV, StreamingLLM, use
 from sparing.core.actions import Action, Drop
 from sparing.core.method import methods
-from sparing.errors import InvalidInputError, MethodRefusedError
+from sparing.errors import InvalidInputError, MethodRefusedError, UnsupportedModelError
 from sparing.methods.kv.expected_attention import ExpectedAttentionScore
 from sparing.methods.kv.h2o import AccumulatedAttention
 from sparing.methods.kv.keydiff import KeyDifference
 from sparing.methods.kv.knorm import KeyNorm
 from sparing.methods.kv.snapkv import WindowAttention
-from sparing.testing import Driver, held_positions, measured_bytes, random_prompt, run_untouched, tiny_model
+from sparing.testing import (
+    TINY_MODELS,
+    Driver,
+    held_positions,
+    measured_bytes,
+    random_prompt,
+    run_untouched,
+    tiny_model,
+)
 
 torch.set_num_threads(1)
 PER_TOKEN = 2 * 8 * 4 + 4  # a key and a value of 8 float32, and an int32 position
@@ -275,6 +284,10 @@ def test_prefill_on_other_structures(name):
     """What the model says after the same chunks through its own cache."""
     prompt = random_prompt(40)
     model = tiny_model(name)
+    if TINY_MODELS[name].recurrent and not hasattr(Cache, "has_previous_state"):
+        with pytest.raises(UnsupportedModelError, match="install a newer transformers"):
+            use(model, SnapKV())
+        return
     with use(model, SnapKV(keep=10_000)) as session:
         cache = session.prefill(prompt.ids, chunk_size=9)
         logits = Driver(model, cache)
