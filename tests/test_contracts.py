@@ -11,12 +11,15 @@ from packaging import version
 from sparing import H2O, AdaKV, SnapKV, StreamingLLM, ThinK
 from sparing.adapters.structure import read_structure
 from sparing.core.method import methods
+from sparing.core.prefill import SparsePrefill
 from sparing.errors import UnsupportedModelError
 from sparing.kernels import compact
 from sparing.testing import CHECKS, TINY_MODELS, DeclaredRefusal, run_check, tiny_model
 from sparing.testing.contract import models_for
+from sparing.testing.prefill import ON_CALLS, ON_MODELS, SOME_MODELS
 
-METHODS = methods()
+METHODS = {name: info for name, info in methods().items() if info.family == "kv_cache"}
+SPARSE = {name: info for name, info in methods().items() if issubclass(info.recipe, SparsePrefill)}
 
 
 def unsupported() -> dict[str, str]:
@@ -47,6 +50,19 @@ def test_method_keeps_promise(method, check, model):
         run_check(check, METHODS[method].recipe, model)
     except DeclaredRefusal as refusal:
         pytest.skip(str(refusal))
+
+
+@pytest.mark.parametrize("check", ON_CALLS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_prefill_keeps_promise(name, check):
+    check(SPARSE[name].recipe)
+
+
+@pytest.mark.parametrize("model", SOME_MODELS)
+@pytest.mark.parametrize("check", ON_MODELS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_prefill_keeps_promise_on_models(name, check, model):
+    check(SPARSE[name].recipe, model)
 
 
 CODED = {

@@ -51,13 +51,14 @@ def attention_over(base: str) -> Callable[..., AttentionResult]:
             sparse = layer.attend_sparsely(query, key, value, softmax, attention_mask, kwargs.get("position_bias"))
             if sparse is not None:
                 layer.observe(query, key, value, softmax, padding)
-                return sparse.transpose(1, 2).contiguous(), None
+                return layer.gated(sparse.transpose(1, 2)).contiguous(), None
         mask = attention_mask.for_base() if isinstance(attention_mask, LazyMask) else attention_mask
         if layer is not None:
             mask = layer.short_mask(query, mask, base)
         out = base_attention(base, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
         if layer is not None:
             layer.observe(query, key, value, softmax, padding)
+            return layer.gated(out[0]), out[1]
         return out
 
     return attention

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparing.adapters.cascading import Cascading, Rows
 from sparing.adapters.following import attend_and_follow, show_pending
 from sparing.adapters.handles import RaggedHandle, note_updated_layer
 from sparing.adapters.holding import HoldingLayer
@@ -47,24 +48,30 @@ class EvictingLayer(HoldingLayer):
         if self.number == 0:
             self.cache.before_update(key_states.shape[-2])
         count = key_states.shape[-2]
+        prefilling = self.cache.prefilling
+        rows = prefilling.rows_for(self) if isinstance(prefilling, Cascading) else None
         note_updated_layer(self)
         if self.store is not None:
             self.store.append(key_states, value_states, self.seen)
         elif self.reading is not None:
             self.reading.append(key_states, value_states)
         else:
-            self._append_dense(key_states, value_states)
-        self.seen += count
-        self.tail += count
+            self._append_dense(key_states, value_states, rows)
+        self.seen += count if rows is None else rows.tokens
+        self.tail = self.tail + count if rows is None else self.newest_run()
         if self.store is None and self.reading is None:
             return self.keys, self.values
         return RaggedHandle(self, key_states, self.seen), RaggedHandle(self, value_states, self.seen)
 
-    def _append_dense(self, keys: Tensor, values: Tensor) -> None:
+    def _append_dense(self, keys: Tensor, values: Tensor, rows: Rows | None) -> None:
+        if rows is not None and self.short_valid is None:  # from now on tokens are missing
+            self.short_positions = torch.arange(self.seen, device=keys.device).expand(keys.shape[0], -1)
+            self.short_valid = self.short_positions >= self.cache.pads(keys.shape[0]).to(keys.device)[:, None]
         if self.short_positions is not None and self.short_valid is not None:
             new = torch.arange(self.seen, self.seen + keys.shape[-2], device=keys.device).expand(keys.shape[0], -1)
+            new, valid = (new, torch.ones_like(new, dtype=torch.bool)) if rows is None else (rows.positions, rows.valid)
             self.short_positions = torch.cat([self.short_positions, new], dim=1)
-            self.short_valid = torch.cat([self.short_valid, torch.ones_like(new, dtype=torch.bool)], dim=1)
+            self.short_valid = torch.cat([self.short_valid, valid], dim=1)
         # Copied even when empty, as transformers does: the states may be views of one fused, larger projection.
         self.keys = torch.cat([self.keys, keys], dim=-2)
         self.values = torch.cat([self.values, values], dim=-2)
@@ -126,6 +133,7 @@ class EvictingLayer(HoldingLayer):
         if self.number == 0:
             self.cache.before_row_change(rows)
         self.pending = [states.index_select(0, rows.to(states.device)) for states in self.pending]
+        self.gate = None if self.gate is None else self.gate[rows.to(self.gate.device)]
         if self.store is not None:
             if self.limits is not None:
                 self.limits = self.limits.view(self.store.rows, -1)[rows.to(self.limits.device)].flatten()
@@ -172,7 +180,7 @@ class EvictingLayer(HoldingLayer):
             MethodRefusedError: a chunk that the method cannot read. CacheStateError: pads that are not on the left.
         """
         prefilling = self.cache.prefilling
-        if prefilling is None or self.short_valid is not None:
+        if prefilling is None:
             return None
         if position_bias is not None:
             problem = "adds a position bias to its logits, which sparse prefill does not offer"
@@ -184,8 +192,11 @@ class EvictingLayer(HoldingLayer):
         if self.short_valid is None:
             return mask
         count, length = query.shape[2], self.short_valid.shape[1]
+        if base == "sdpa" and count == length and bool(self.short_valid.all()):
+            return None  # plainly causal
         causal = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)
-        allowed = causal & self.short_valid[:, None, None, :]
+        own = torch.eye(count, length, dtype=torch.bool, device=query.device).roll(length - count, dims=1)
+        allowed = causal & self.short_valid[:, None, None, :] | own  # fillers see themselves, lest they be no numbers
         if base == "eager":
             return torch.zeros_like(allowed, dtype=query.dtype).masked_fill(~allowed, torch.finfo(query.dtype).min)
         return allowed
@@ -213,6 +224,11 @@ class EvictingLayer(HoldingLayer):
             self.transformed = (key, value)
         if cache.is_reading:
             self._watch(query, softmax)
+
+    def gated(self, out: Tensor) -> Tensor:
+        """The heads' outputs (B, q, Hq, Dv), those of heads that a method does without at 0."""
+        prefilling = self.cache.prefilling
+        return prefilling.gate(self, out) if isinstance(prefilling, Cascading) else out
 
     def _watch(self, query: Tensor, softmax: Softmax) -> None:
         """Show the rows of this call to every scorer that they are for, and time each."""

@@ -16,11 +16,10 @@ from transformers.masking_utils import causal_mask_function
 
 from sparing.adapters.masks import LazyMask
 from sparing.core.pattern import Partial, Pattern
-from sparing.core.prefill import PromptCall, SparsePrefill
+from sparing.core.prefill import Attended, PromptCall, SparsePrefill
 from sparing.core.scorer import Softmax
 from sparing.errors import CacheStateError, MethodRefusedError, UnsupportedModelError
-from sparing.kernels.sparse import attend_sparse
-from sparing.kernels.sparse.dispatch import Dispatcher
+from sparing.kernels.sparse import attend_sparse, dispatch
 from sparing.kernels.sparse.partial import with_sinks
 
 if TYPE_CHECKING:
@@ -36,11 +35,13 @@ class PrefillReport:
         densities: [layer] → (Hq,) float64, the share of its (query, key) pairs that each head has computed, over all
             rows and calls so far; by the layers' numbers in the cache. Calls that were read densely count as 1.
         dense_calls: (layer, call)s that dense attention was faster for.
+        zeros: of the numbers that stand for keys, how many are zero, and how many there are; (0, 0) where keys are keys.
     """
 
     method: str
     densities: dict[int, Tensor]
     dense_calls: int
+    zeros: tuple[int, int] = (0, 0)
 
     @property
     def density(self) -> float:
@@ -49,7 +50,9 @@ class PrefillReport:
 
     def __str__(self) -> str:
         dense = f", {self.dense_calls} of the calls densely, which was faster" if self.dense_calls else ""
-        return f"prompt read by {self.method} at {self.density:.1%} of dense attention{dense}"
+        zeros, numbers = self.zeros
+        saved = f"; of the differences that stand for its keys, {zeros / numbers:.1%} are zero" if numbers else ""
+        return f"prompt read by {self.method} at {self.density:.1%} of dense attention{dense}{saved}"
 
 
 @dataclass
@@ -66,15 +69,19 @@ class Prefilling:
     there: dict[int, int] = field(default_factory=dict)
     turn: tuple[int, int] | None = None
     dense_calls: int = 0
-    dispatcher: Dispatcher = field(default_factory=Dispatcher)
+    zeros: tuple[int, int] = (0, 0)
 
     def begin_turn(self, first: int, end: int) -> None:
         """A prompt was announced."""
         self.turn = (first, end)
 
+    def fresh(self) -> Prefilling:
+        """The same, before anything was read."""
+        return Prefilling(self.method)
+
     def copy(self) -> Prefilling:
         """An independent copy, for a fork of the cache."""
-        return Prefilling(self.method, dict(self.computed), dict(self.there), self.turn, self.dense_calls)
+        return Prefilling(self.method, dict(self.computed), dict(self.there), self.turn, self.dense_calls, self.zeros)
 
     def rows_of(self, layer: EvictingLayer, count: int) -> int:
         """How many of the `count` new rows of a call are of a prompt, and so read sparsely."""
@@ -108,12 +115,12 @@ class Prefilling:
             mask: what the model was given for this call.
         """
         query, keys, values = states
-        rows = self.rows_of(layer, query.shape[2])
+        rows = 0 if layer.short_valid is not None else self.rows_of(layer, query.shape[2])
         if rows == 0:
             return None
-        pads = _pads(mask, query.shape[0], layer)
+        pads = left_pads(mask, query.shape[0], layer)
         number = layer.cache.structure.full_layers[layer.number]
-        if self.method.dispatch == "auto" and not self.dispatcher.is_worth(self.method, query, keys):
+        if self.method.dispatch == "auto" and not dispatch.is_worth(self.method, query, keys, values):
             self.dense_calls += 1
             pairs = sum(_causal_pairs(layer.seen - query.shape[2] - pad, layer.seen - pad) for pad in pads)
             self._count(number, torch.full((query.shape[1],), pairs, dtype=torch.float64), pairs)
@@ -142,18 +149,30 @@ class Prefilling:
             structure = layer.cache.structure
             call = PromptCall(
                 query[:, begin:end], keys[:, pad:last], values[:, pad:last], softmax, _run, layer.number,
-                len(structure.full_layers), structure.rotary if layer.can_unrotate else None,
+                len(structure.full_layers), structure.rotary if layer.can_unrotate else None, _run_alone,
+                structure.attention_layers[layer.number],
             )  # fmt: skip
-            began = time.perf_counter()
-            attended = self.method.attend(call)
-            self.dispatcher.note(self.method, call, time.perf_counter() - began)
+            attended = self._timed(call)
             out[:, begin:end] = with_sinks(attended.part, softmax)
+            self.zeros = (self.zeros[0] + attended.zeros[0], self.zeros[1] + attended.zeros[1])
             self._count(number, attended.pattern.pairs().double().cpu(), attended.pattern.all_pairs())
         if count > rows:  # drafts behind the prompt
             rest = PromptCall(query[:, rows:], keys[:, pad:], values[:, pad:], softmax, _run)
             blank = rest.grid(self.method.block)
             everything = Pattern(rest.tokens, rest.start, self.method.block, torch.ones_like(blank.blocks))
             out[:, rows:] = with_sinks(rest.attend(everything), softmax)
+
+    def _timed(self, call: PromptCall) -> Attended:
+        """The method's answer; how long it took is noted for calls to come."""
+        if self.method.dispatch != "auto":
+            return self.method.attend(call)
+        device = str(call.query.device)
+        dispatch.wait(device)
+        began = time.perf_counter()
+        attended = self.method.attend(call)
+        dispatch.wait(device)
+        dispatch.note(self.method, call.query, call.keys, call.values, time.perf_counter() - began)
+        return attended
 
     def _count(self, number: int, computed: Tensor, there: int) -> None:
         self.computed[number] = self.computed.get(number, torch.zeros_like(computed)) + computed
@@ -163,7 +182,7 @@ class Prefilling:
     def report(self) -> PrefillReport:
         """What has been computed so far."""
         densities = {number: pairs / self.there[number] for number, pairs in self.computed.items()}
-        return PrefillReport(self.method.label, densities, self.dense_calls)
+        return PrefillReport(self.method.label, densities, self.dense_calls, self.zeros)
 
 
 def _causal_pairs(start: int, tokens: int) -> int:
@@ -176,7 +195,11 @@ def _run(call: PromptCall, pattern: Pattern) -> Partial:
     return attend_sparse(call.query, call.keys, call.values, pattern, call.softmax)
 
 
-def _pads(mask: Any, rows: int, layer: EvictingLayer) -> list[int]:
+def _run_alone(call: PromptCall, pattern: Pattern) -> Partial:
+    return attend_sparse(call.query, call.keys, call.values, pattern, call.softmax, needs_lse=False)
+
+
+def left_pads(mask: Any, rows: int, layer: EvictingLayer) -> list[int]:
     """Left pads of every row.
 
     Raises:

@@ -64,10 +64,9 @@ class EqualRows:
         """See `BlockAllocator.allocate`."""
         heads = scores.shape[0]
         free = budget.free
-        whole = int(budget.areas.max())
         counts = torch.zeros(heads, scores.shape[1], dtype=torch.int64)
         for head in range(heads):
-            counts[head] = _row_counts(budget, free[head].sum(-1), head, whole)
+            counts[head] = _row_counts(budget, free[head].sum(-1), head)
         return budget.forced | _best_of_rows(scores, free, counts.to(scores.device))
 
 
@@ -100,7 +99,9 @@ class TopMass:
     def allocate(self, scores: Tensor, budget: BlockBudget, *, is_mass: bool) -> Tensor:
         """See `BlockAllocator.allocate`."""
         held = mass_of_better(as_mass(scores, budget.reachable, is_mass), budget.forced)
-        wanted = budget.free if self.mass is None else budget.free & (held < self.mass)
+        # What rounds to all of the mass before a row's last blocks is not all of it.
+        has_limit = self.mass is not None and self.mass < 1
+        wanted = budget.free & (held < self.mass) if has_limit else budget.free
         return budget.forced | best_within(-held, budget, wanted)
 
 
@@ -136,13 +137,43 @@ def best_within(values: Tensor, budget: BlockBudget, wanted: Tensor | None = Non
     )
 
 
-def _row_counts(budget: BlockBudget, there: Tensor, head: int, whole: int) -> Tensor:
+def best_by_position(values: Tensor, forced: Tensor, until: Tensor, size: int) -> Tensor:
+    """(heads, nk, nk) bool: the best blocks of every row, as many as its position allows, and those that are forced.
+
+    No row's number depends on rows after it, so that a prompt gets the same blocks in whatever parts it is read. What a
+    row cannot use, or takes too much, goes to the next; and heads take their next block one after another, so that all
+    of them together are never more than a block below the budget, or above it where a call begins later.
+
+    Args:
+        values: (heads, nk, nk), higher = first; -inf for blocks that no budget buys. forced: (nk, nk) bool.
+        until: (nk,) float64, the budget in pairs of a head for all rows up to the end of every block.
+    """
+    heads, numbers = values.shape[0], torch.arange(len(until), device=values.device)
+    before = numbers < numbers[:, None]
+    others = (forced & before).sum(-1).cumsum(0)
+    own = (numbers + 1) * (size * (size + 1) / 2)
+    room = ((until - own) / size**2 - others).clamp_min(0).cummax(0).values
+    # The floors of x, x + 1/H, ..., x + (H - 1)/H add up to the floor of H x.
+    turns = torch.arange(heads, device=values.device, dtype=torch.float64)[:, None] / heads
+    taken = (room + turns).floor()
+    counts = taken.diff(dim=-1, prepend=taken.new_zeros(heads, 1)).long()
+    free = before & ~forced & (values > -torch.inf)
+    return _best_of_rows(values, free, counts) | forced
+
+
+def _row_counts(budget: BlockBudget, there: Tensor, head: int) -> Tensor:
     """(nq,) how many free blocks each row of a head takes."""
     taken = (budget.forced[head] * budget.areas).sum(-1)
-    total = budget.areas.sum()
-    wanted = (budget.areas.sum(-1) * (budget.pairs / total) - taken).clamp_min(0)
-    number = min(int(max(budget.pairs - int(taken.sum()), 0)) // whole, int(there.sum()))
-    return round_to_total(wanted, number, high=there.cpu())
+    share = budget.pairs / int(budget.areas.sum())
+    area = budget.areas.amax(-1)  # of a whole block; the first and the last row of blocks may be thin
+    wanted = ((budget.areas.sum(-1) * share - taken) / area).clamp_min(0).minimum(there)
+    left = max(budget.pairs - int(taken.sum()), 0)
+    number = int(float(wanted.sum()) + 1e-6)
+    counts = round_to_total(wanted, number, high=there)
+    while number and int((counts * area.cpu()).sum()) > left:  # rounding went to the thick ones
+        number -= 1
+        counts = round_to_total(wanted, number, high=there)
+    return counts
 
 
 def _best_of_rows(scores: Tensor, free: Tensor, counts: Tensor) -> Tensor:

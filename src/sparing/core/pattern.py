@@ -185,14 +185,32 @@ class Pattern:
         return rows, torch.where(self._own(), triangle[:, None], areas) * self.reachable()
 
     def _pairs_by_rule(self) -> Tensor:
-        heads = range(self.heads)
-        return torch.stack([
-            sum((self.may_read(h, rows).sum() for rows in self._positions()), torch.zeros((), dtype=torch.int64))
-            for h in heads
+        alike = self.columns is None and bool((self.blocks == self.blocks[:1]).all())
+        none = torch.zeros((), dtype=torch.int64, device=self.blocks.device)
+        pairs = torch.stack([
+            sum((self.may_read(h, rows).sum() for rows in self._positions()), none)
+            for h in range(1 if alike else self.heads)
         ])  # fmt: skip
+        return pairs.expand(self.heads)
 
     def _positions(self) -> list[Tensor]:
         return list(torch.arange(self.start, self.tokens, device=self.blocks.device).split(self.size))
+
+
+@dataclass(frozen=True)
+class Cost(Pattern):
+    """What was computed where that is no set of blocks: its own blocks, and a number of pairs.
+
+    Attributes:
+        computed: (Hq,) int64 (query, key) pairs.
+    """
+
+    computed: Tensor | None = None
+
+    def pairs(self) -> Tensor:
+        """See `Pattern.pairs`."""
+        assert self.computed is not None
+        return self.computed
 
 
 def merged(one: Partial, other: Partial) -> Partial:

@@ -36,9 +36,11 @@ class PromptCall:
         query: (Hq, Q, D). keys, values: (H, N, D) and (H, N, Dv), normalised and rotated; query head h reads KV head
             h // (Hq / H).
         softmax: how the model turns logits into attention.
-        run: computes attention under a pattern, with everything the model does to it but sinks.
+        run: computes attention under a pattern, with everything the model does to it but sinks; see `attend`.
         layer, num_layers: which of the sparse layers this is, and how many there are.
+        attention_layer: the layer's number among all attention layers, which is how measurements of heads count.
         rotary: the model's rotary embedding; None if there is none, or it cannot be inverted.
+        run_alone: as `run`, without log-sum-exps where they cost time; None if there is no such way.
     """
 
     query: Tensor
@@ -49,6 +51,8 @@ class PromptCall:
     layer: int = 0
     num_layers: int = 1
     rotary: Rotary | None = None
+    run_alone: Callable[[PromptCall, Pattern], Partial] | None = None
+    attention_layer: int = 0
 
     @property
     def heads(self) -> int:
@@ -81,8 +85,14 @@ class PromptCall:
         off = torch.zeros(self.heads, blocks - first, blocks, dtype=torch.bool, device=self.query.device)
         return Pattern(self.tokens, self.start, size, off)
 
-    def attend(self, pattern: Pattern) -> Partial:
-        """Attention under a pattern, sinks left out."""
+    def attend(self, pattern: Pattern, *, final: bool = False) -> Partial:
+        """Attention under a pattern, sinks left out.
+
+        Args:
+            final: it is the whole answer, merged with nothing: the log-sum-exp is left out where it costs time.
+        """
+        if final and self.run_alone is not None and self.softmax.sinks is None:
+            return self.run_alone(self, pattern)
         return self.run(self, pattern)
 
 
@@ -93,10 +103,13 @@ class Attended:
     Attributes:
         part: the attention, sinks left out.
         pattern: what was read, for the accounting; where attention is not that of a set of keys, what it costs.
+        zeros: of the numbers that stand for keys, how many are zero, and how many there are; for methods that simulate
+            what hardware would save by that.
     """
 
     part: Partial
     pattern: Pattern
+    zeros: tuple[int, int] = (0, 0)
 
 
 class BlockScorer:
@@ -148,6 +161,8 @@ class SparsePrefill(Method):
 
     chunks: ClassVar[Chunks] = "blocks"
     """Which chunks of a prompt give what the whole gives: any, those that begin at a block, or none."""
+    is_masked_softmax: ClassVar[bool] = True
+    """Whether attention is the softmax over what the pattern says, and nothing else."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,7 +191,7 @@ class SparsePrefill(Method):
     def attend(self, call: PromptCall) -> Attended:
         """The attention of a call."""
         pattern = self.pattern(call)
-        return Attended(call.attend(pattern), pattern)
+        return Attended(call.attend(pattern, final=True), pattern)
 
     def pairs(self, call: PromptCall) -> int:
         """The budget: (query, key) pairs that each head may compute on average."""
@@ -184,6 +199,14 @@ class SparsePrefill(Method):
             return int(self.budget.amount * call.grid(self.block).all_pairs() + 0.5)
         seen = torch.arange(call.start + 1, call.tokens + 1)
         return int(seen.clamp_max(int(self.budget.amount)).sum())
+
+    def pairs_until(self, ends: Tensor) -> Tensor:
+        """The budget of a head for all rows before each of the positions, float64: for methods that only see those."""
+        ends = ends.double()
+        if self.budget.kind == "ratio":
+            return self.budget.amount * ends * (ends + 1) / 2
+        full = ends.clamp_max(self.budget.amount)
+        return full * (full + 1) / 2 + (ends - full) * self.budget.amount
 
     @property
     def keeps_all(self) -> bool:

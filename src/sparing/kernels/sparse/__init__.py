@@ -6,16 +6,24 @@ from torch import Tensor
 
 from sparing.core.pattern import Partial, Pattern
 from sparing.core.scorer import Softmax
+from sparing.kernels.sparse import flexible, native_prefill
 from sparing.kernels.sparse.gather import attend_gathered
 
 
-def attend_sparse(query: Tensor, keys: Tensor, values: Tensor, pattern: Pattern, softmax: Softmax) -> Partial:
+def attend_sparse(
+    query: Tensor, keys: Tensor, values: Tensor, pattern: Pattern, softmax: Softmax, *, needs_lse: bool = True
+) -> Partial:
     """Attention under a pattern, in the fastest way that there is for it.
 
     Args:
         query: (Hq, Q, D). keys, values: (H, N, D) and (H, N, Dv).
+        needs_lse: False if the log-sum-exp is not used, which may then be left out.
 
     Returns:
         out (Hq, Q, Dv) and lse (Hq, Q), sinks left out (see `partial.with_sinks`).
     """
+    if flexible.offers(query, pattern, softmax, needs_lse=needs_lse):
+        return flexible.attend_flex(query, keys, values, pattern, softmax, needs_lse=needs_lse)
+    if native_prefill.offers(query, keys, values, pattern):
+        return native_prefill.attend_native(query, keys, values, pattern, softmax)
     return attend_gathered(query, keys, values, pattern, softmax)

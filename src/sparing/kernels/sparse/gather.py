@@ -90,6 +90,8 @@ class _Problems:
         assert self.columns is not None
         slots, valid = self.columns.of(some)
         has = valid.any(-1).nonzero()[:, 0]
+        if not len(has):
+            return total
         for part in has.split(max(GATHERED // max(slots.shape[1], 1), 1)):
             at = (slots[part] + self.first[some[part], None] * self.pattern.size).flatten()
             keys, values = (x.flatten(0, 1).index_select(0, at).view(len(part), -1, x.shape[-1]) for x in self.grids)
