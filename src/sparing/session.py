@@ -17,10 +17,15 @@ from sparing.adapters.accounting import CacheReport
 from sparing.adapters.attach import Attachment
 from sparing.adapters.attention import CACHING
 from sparing.adapters.cache import EvictingCache
+from sparing.adapters.cascade_hooks import CascadeHooks
+from sparing.adapters.cascading import Cascading
 from sparing.adapters.handles import take_updated_layer
 from sparing.adapters.lens import ModelLens
+from sparing.adapters.shortening import implied_mask, short_arguments, shorten, whole_output
 from sparing.adapters.structure import read_structure
+from sparing.core.draft import Draft
 from sparing.core.method import Method
+from sparing.core.prompt import PromptDropper
 from sparing.errors import CacheStateError, InvalidInputError, MethodRefusedError, require
 
 
@@ -46,7 +51,11 @@ class Session:
         self.cache: EvictingCache | None = None
         self._attachment: Attachment | None = None
         self._hook: Any = None
+        self._cascade: CascadeHooks | None = None
         self._own_generate: dict[str, Any] = {}
+        self._lenses: dict[Draft, ModelLens] = {}
+        if method.shortening is not None:
+            self._lens_of(method.shortening)  # refuses a draft model that does not fit
 
     def __enter__(self) -> Session:
         self._attachment = Attachment(self.model, CACHING)
@@ -64,6 +73,9 @@ class Session:
         self.model.__dict__.pop("generate", None)
         self.model.__dict__.update(self._own_generate)
         self._hook.remove()
+        if self._cascade is not None:
+            self._cascade.remove()
+            self._cascade = None
         take_updated_layer()  # an exception may have come between a layer's update and its attention
         assert self._attachment is not None
         self._attachment.detach()
@@ -118,6 +130,7 @@ class Session:
         """
         require(chunk_size >= 1, "chunk_size", chunk_size, "a number of tokens >= 1")
         cache = cache or self.new_cache()
+        input_ids, attention_mask = self.shorten(cache, input_ids, attention_mask)
         read, length = cache.get_seq_length(), input_ids.shape[1]
         require(read < length, "input_ids", f"{length} tokens", f"more than the {read} that the cache has read")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -132,10 +145,39 @@ class Session:
         cache.report()
         return cache
 
+    @torch.no_grad()
+    def shorten(
+        self, cache: EvictingCache, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a cache's model reads in the place of (B, n) tokens, and its mask: the same, unless a method drops some.
+
+        The first prompt of a cache is shortened; later turns are read whole, behind the short prompt.
+
+        Raises:
+            MethodRefusedError: the draft model does not fit. CacheStateError: pads are not on the left.
+        """
+        if cache.dropper is not None and not cache.get_seq_length():
+            lens = self._lens_of(cache.dropper)
+            cache.shortening = shorten(cache.dropper, lens, input_ids, attention_mask)
+        return (
+            (input_ids, attention_mask)
+            if cache.shortening is None
+            else cache.shortening.apply(input_ids, attention_mask)
+        )
+
+    def _lens_of(self, dropper: PromptDropper) -> ModelLens:
+        """How a method sees its draft model; made once."""
+        draft: Draft = dropper.draft
+        if draft not in self._lenses:
+            draft.meet(dropper.label, self.model)
+            self._lenses[draft] = ModelLens(draft.model)
+        return self._lenses[draft]
+
     def watching_cache(self, methods: Iterable[Method]) -> EvictingCache:
         """A cache that drops nothing while the scorers of the given methods watch: one prefill, to be forked for each.
 
-        All methods must read the prompt alike (`Method.reading`).
+        All methods must read the prompt alike (`Method.reading`), and the same of it (`Method.shortening`, for which
+        the prompt goes through `shorten` first).
 
         Example:
             >>> cache = session.watching_cache([snapkv, h2o])
@@ -144,12 +186,12 @@ class Session:
             >>> compressed = cache.fork(snapkv)
         """
         given = list(methods)
-        readings = {method.reading for method in given} or {None}
+        readings = {(method.reading, method.shortening) for method in given} or {(None, None)}
         if len(readings) > 1:
             labels = ", ".join(method.label for method in given)
             raise InvalidInputError("methods", labels, "methods that read the prompt alike, one cache for each way")
         watch = [method.parts().scorer for method in given if not method.keeps_all]
-        return self._equipped(EvictingCache(self.structure, None, watch, readings.pop()))
+        return self._equipped(EvictingCache(self.structure, None, watch, *readings.pop()))
 
     def report(self, cache: EvictingCache | None = None) -> CacheReport:
         """What the given cache (by default the one made last) keeps, in tokens and bytes.
@@ -165,6 +207,7 @@ class Session:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a call without a cache one of ours; refuse a cache that cannot be compressed."""
         take_updated_layer()  # of a forward that was interrupted
+        self._follow(None)
         past = kwargs.get("past_key_values")
         if past is None and kwargs.get("use_cache") is False:
             return None
@@ -172,14 +215,23 @@ class Session:
             fix = "compressed layers have no attention map; ask the model for it outside the block"
             raise InvalidInputError("output_attentions", True, "False inside `with sparing.use(...)`", fix)
         if isinstance(past, EvictingCache):
+            self._follow(past)
             self._record(past, args, kwargs)
             return None
         if isinstance(past, Cache):
             problem = f"a {type(past).__name__} was passed, which cannot be compressed"
             raise CacheStateError(problem, "pass session.new_cache() or no cache at all")
         cache = self.new_cache()
+        self._follow(cache)
         self._record(cache, args, kwargs)
         return args, {**kwargs, "past_key_values": cache, "use_cache": True}
+
+    def _follow(self, cache: EvictingCache | None) -> None:
+        """A forward with this cache begins: tokens may be dropped on its way through the blocks."""
+        if self._cascade is None and cache is not None and isinstance(cache.prefilling, Cascading):
+            self._cascade = CascadeHooks(self.model, len(cache.layers))
+        if self._cascade is not None:
+            self._cascade.cache = cache
 
     @staticmethod
     def _record(cache: EvictingCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -198,14 +250,33 @@ class Session:
             raise CacheStateError(problem, "pass session.new_cache() or no cache at all")
         self._refuse(kwargs)
         prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        if prompt is None:
-            prompt = kwargs.get("inputs_embeds")
+        if past.dropper is not None:
+            return self._generate_short(generate, past, prompt, args, kwargs)
+        self._announce(past, kwargs.get("inputs_embeds") if prompt is None else prompt)
+        return generate(*args, **kwargs)
+
+    def _generate_short(
+        self, generate: Any, past: EvictingCache, prompt: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """`model.generate` on less than the prompt; what comes out begins with the whole one."""
+        if not isinstance(prompt, Tensor):
+            raise InvalidInputError("inputs", type(prompt).__name__, "token ids, which a draft model can read")
+        config: Any = kwargs.get("generation_config") or self.model.generation_config
+        short, mask = self.shorten(past, prompt, implied_mask(prompt, kwargs, config))
+        self._announce(past, short)
+        if short is prompt:
+            return generate(*args, **kwargs)
+        args, kwargs = short_arguments(args, kwargs, short, mask, config)
+        return whole_output(generate(*args, **kwargs), prompt, short.shape[1])
+
+    @staticmethod
+    def _announce(past: EvictingCache, prompt: Any) -> None:
+        """Tell a cache where its prompt ends."""
         if isinstance(prompt, Tensor):
             read = past.get_seq_length()
             new = "more tokens than the cache has read"
             require(prompt.shape[1] > read or not read, "inputs", f"{prompt.shape[1]} tokens, {read} of them read", new)
             past.expect_prompt(prompt.shape[1])
-        return generate(*args, **kwargs)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """What cannot work is refused before anything runs."""
@@ -232,7 +303,8 @@ def check_measurements(model: nn.Module, methods: Iterable[Method]) -> None:
     Raises:
         ScoresMismatchError: architecture, layers or heads differ.
     """
-    measured = {scores for method in methods for scores in method.measurements}
+    both = [each for method in methods for each in (method, method.prefill) if each is not None]
+    measured = {scores for method in both for scores in method.measurements}
     if measured:
         identity = ModelLens(model).identity
         for scores in measured:

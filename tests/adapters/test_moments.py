@@ -221,7 +221,7 @@ def test_a_short_prompt_may_fill_up_to_min_prompt_and_not_beyond():
 
 
 def test_what_cannot_be_asked_again_is_refused_when_it_is_built():
-    fixed = {name: info.recipe().parts() for name, info in methods().items() if not (info.needs or info.python_only)}
+    fixed = {name: info.recipe().parts() for name, info in methods().items() if not (info.needs or info.needs_draft)}
     can = {name: p.scorer.state_outlives_eviction or p.scorer.accumulates for name, p in fixed.items() if p.frees}
     for name in can:
         if can[name]:

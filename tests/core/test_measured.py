@@ -94,7 +94,7 @@ def test_scores_are_no_field_of_methods_that_need_none():
 
 def test_what_a_method_needs():
     assert needed_by("compresskv") == ("semantic_retrieval", "layer_error")
-    with pytest.raises(InvalidInputError, match=r"allowed is one of compresskv, duo, headkv, razor"):
+    with pytest.raises(InvalidInputError, match=r"allowed is one of compresskv, dhsa, duo, headkv, razor, sale"):
         needed_by("snapkv")
     with pytest.raises(UnknownNameError, match="did you mean duo"):
         needed_by("duoo")

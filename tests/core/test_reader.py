@@ -98,7 +98,7 @@ def test_methods_that_free_nothing_say_so(name):
 
 def test_all_others_free_memory():
     for name, info in methods().items():
-        if name not in [*READERS, "deltallm"] and not info.needs and not info.python_only:
+        if name not in [*READERS, "deltallm"] and not info.needs and not info.needs_draft:
             assert info.recipe().parts().frees, name
 
 

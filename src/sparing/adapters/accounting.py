@@ -12,6 +12,7 @@ from sparing.core.plan import Plan
 
 if TYPE_CHECKING:
     from sparing.adapters.prefilling import PrefillReport
+    from sparing.adapters.shortening import Shortening
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,14 @@ class CacheReport:
 
     Attributes:
         method: the method's name.
-        tokens_seen: tokens of the longest sequence, pads included.
-        bytes_full: what transformers' dynamic cache would hold for the same tokens.
+        tokens_seen: tokens of the longest sequence that the model has read, pads included.
+        bytes_full: what transformers' dynamic cache would hold for the same tokens, and those dropped from the prompt.
         bytes_kept: what this cache holds, with slack and bookkeeping.
         plan: what the last eviction kept; None if none has happened.
         read_share: of what is stored, the share that decoded tokens have read; None for methods that read everything.
         notes: what else there is to know, e.g. why nothing was dropped.
         prefill: what of the prompt's attention was computed; None where it was dense.
+        prompt: what of the prompt was read; None where all of it was.
     """
 
     method: str
@@ -37,6 +39,7 @@ class CacheReport:
     read_share: float | None = None
     notes: tuple[str, ...] = ()
     prefill: PrefillReport | None = None
+    prompt: Shortening | None = None
 
     @property
     def share(self) -> float:
@@ -46,7 +49,7 @@ class CacheReport:
     def __str__(self) -> str:
         sizes = f"{self.bytes_kept:,} of {self.bytes_full:,} bytes ({self.share:.1%})"
         read = "" if self.read_share is None else f", {self.read_share:.1%} of them read by decoded tokens"
-        notes = "".join(f"; {note}" for note in (*self.notes, *([] if self.prefill is None else [self.prefill])))
+        notes = "".join(f"; {note}" for note in (*self.notes, *filter(None, (self.prompt, self.prefill))))
         return f"{self.method}: {self.tokens_seen} tokens seen, {sizes} held{read}{notes}"
 
 

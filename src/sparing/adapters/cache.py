@@ -13,13 +13,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from sparing.adapters.accounting import CacheReport, bytes_alive
+from sparing.adapters.cascading import Cascading, prefilling_for
 from sparing.adapters.layers import EvictingLayer
-from sparing.adapters.prefilling import Prefilling
 from sparing.adapters.replaying import Tape, replay
+from sparing.adapters.shortening import Shortening
 from sparing.adapters.structure import Structure
+from sparing.core.cascade import Cascade
 from sparing.core.method import Method, Parts
 from sparing.core.plan import LayerPlan, Plan
 from sparing.core.prefill import SparsePrefill
+from sparing.core.prompt import PromptDropper
 from sparing.core.scorer import Replay, Scorer, standardised
 from sparing.core.token_scores import TokenScores
 from sparing.errors import CacheStateError, UnsupportedModelError
@@ -33,6 +36,7 @@ class EvictingCache(Cache):
         method: what to keep; None for a cache that only watches, to be forked (see `fork`).
         watch: scorers that observe the prompt, in addition to the method's.
         reading: how prompts are read, of a cache that only watches; None for dense attention.
+        dropper: what drops tokens of prompts before they are read, of a cache that only watches.
     """
 
     def __init__(
@@ -40,7 +44,8 @@ class EvictingCache(Cache):
         structure: Structure,
         method: Method | None,
         watch: Sequence[Scorer] = (),
-        reading: SparsePrefill | None = None,
+        reading: SparsePrefill | Cascade | None = None,
+        dropper: PromptDropper | None = None,
     ) -> None:
         layers: list[Any] = list(DynamicCache(config=structure.config).layers)
         self.structure, self.method = structure, method
@@ -57,8 +62,9 @@ class EvictingCache(Cache):
         self.replaying: tuple[Scorer, Replay] | None = None
         self.tape = Tape()
         self.to_read: tuple[int, list[Tensor]] = (0, [])  # tokens seen, and what each head of each layer then reads
-        reading = reading if method is None else method.reading
-        self.prefilling = None if reading is None else Prefilling(reading)
+        self.prefilling = prefilling_for(reading if method is None else method.reading, method, structure, len(layers))
+        self.dropper = dropper if method is None else method.shortening
+        self.shortening: Shortening | None = None
         self._padding: Tensor | None = None
         self._notes: tuple[str, ...] = ()
         super().__init__(layers=layers)
@@ -111,6 +117,8 @@ class EvictingCache(Cache):
             self.evict()
         if self._padding is not None:
             self._padding = self._padding[rows.to(self._padding.device)]
+        if self.shortening is not None:
+            self.shortening = self.shortening.of_rows(rows.tolist(), self.evicting[0].rows)
         self.to_read = (0, [])
 
     def after_crop(self, seen: int) -> None:
@@ -127,7 +135,8 @@ class EvictingCache(Cache):
     def after_reset(self) -> None:
         """The cache is empty again."""
         self.plan, self.prompt_length, self.is_reading, self._padding = None, None, False, None
-        self.prefilling = None if self.prefilling is None else Prefilling(self.prefilling.method)
+        self.prefilling = None if self.prefilling is None else self.prefilling.fresh()
+        self.shortening = None
         self.tape.cut(0)
         self.to_read = (0, [])
 
@@ -182,7 +191,8 @@ class EvictingCache(Cache):
             replay(self, self.scorers[0], end)
         parts = self.method.parts()
         seen = [end - pad for pad in pads]
-        per_head = [self._tokens_per_head(n) for n in seen]
+        whole = self._with_dropped(seen)
+        per_head = [min(self._tokens_per_head(n), read) for n, read in zip(whole, seen, strict=True)]
         if parts.reader is None:
             self.plan = Plan(self.method.label, self._drop(parts, end, seen, per_head))
         else:
@@ -190,7 +200,7 @@ class EvictingCache(Cache):
             for layer, weights in zip(self.evicting, counts, strict=True):
                 layer.start_reading(parts.reader, parts.scorer, weights)
             self.to_read = (0, [])
-        self._notes = self._remarks(parts, max(seen, default=0))
+        self._notes = self._remarks(parts, max(whole, default=0))
         if is_end:
             self.is_reading, self.prompt_length = False, None
 
@@ -247,11 +257,17 @@ class EvictingCache(Cache):
             return seen
         return self.method.budget.tokens_per_head(seen, self._bytes_per_token())
 
+    def _with_dropped(self, seen: list[int]) -> list[int]:
+        """Per row, the tokens so far as the caller counts them: those read, and those dropped from the prompt."""
+        dropped = (0,) if self.shortening is None else self.shortening.dropped
+        return [n + dropped[row * len(dropped) // len(seen)] for row, n in enumerate(seen)]
+
     def _limits(self, counts: Tensor, seen: list[int]) -> Tensor:
         """(rows, kv_heads) tokens that may be held while decoding: a ratio fixes them at the prompt's end."""
         assert self.method is not None
         if self.method.budget.kind == "ratio":
-            is_short = counts.new_tensor([n < self.method.min_prompt for n in seen]).bool()[:, None]
+            whole = self._with_dropped(seen)
+            is_short = counts.new_tensor([n < self.method.min_prompt for n in whole]).bool()[:, None]
             return torch.where(is_short, self.method.min_prompt, counts)
         most = self.method.budget.tokens_per_head(torch.iinfo(torch.int64).max, self._bytes_per_token())
         is_full = counts.new_tensor([n >= most for n in seen]).bool()[:, None]
@@ -276,10 +292,13 @@ class EvictingCache(Cache):
         The scorer must be among those watched (not needed if the method keeps everything). Dense tensors are
         shared, since they are never written in place, so many methods can be compared on one prefill.
         """
-        if any(layer.is_compressed for layer in self.evicting):
+        if any(layer.is_compressed for layer in self.evicting) and not isinstance(self.prefilling, Cascading):
             raise CacheStateError("only a cache that has dropped nothing can be forked")
         if method.reading != (None if self.prefilling is None else self.prefilling.method):
             problem = f"the prompt was not read as {method.label} reads it"
+            raise CacheStateError(problem, "name the methods when making the cache: session.watching_cache([...])")
+        if method.shortening != self.dropper:
+            problem = f"the prompt was not shortened as {method.label} shortens it"
             raise CacheStateError(problem, "name the methods when making the cache: session.watching_cache([...])")
         if not method.keeps_all and method.parts().scorer not in self.scorers:
             problem = f"the scorer of {method.label} did not watch the prompt"
@@ -307,6 +326,7 @@ class EvictingCache(Cache):
         child.prompt_length, child.is_reading = self.prompt_length, self.is_reading
         child.tape, child._notes = self.tape.copy(), self._notes
         child.prefilling = None if self.prefilling is None else self.prefilling.copy()
+        child.dropper, child.shortening = self.dropper, self.shortening
         mine: Any
         new: Any
         for index, (mine, new) in enumerate(zip(self.layers, child.layers, strict=True)):
@@ -326,19 +346,28 @@ class EvictingCache(Cache):
     @property
     def bytes_kept(self) -> int:
         """Bytes that this cache holds: every tensor of every layer, slack, bookkeeping and observations included."""
-        return bytes_alive(self.layers, self._padding, self.tape.ids, self.to_read)
+        columns = None if self.shortening is None else self.shortening.columns
+        return bytes_alive(self.layers, self._padding, self.tape.ids, self.to_read, columns)
 
     @property
     def bytes_full(self) -> int:
-        """Bytes that transformers' dynamic cache would hold for the same tokens."""
-        total = 0
+        """Bytes that transformers' dynamic cache would hold for these tokens and those dropped from the prompt."""
+        total, cut = 0, 0 if self.shortening is None else self.shortening.width - self.shortening.length
         layer: Any
         for layer in self.layers:
             if not isinstance(layer, EvictingLayer):
                 total += bytes_alive(layer)
             elif layer.is_initialized:
-                total += layer.rows * layer.seen * layer.bytes_per_token
+                total += layer.rows * (layer.seen + cut) * layer.bytes_per_token
         return total
+
+    @property
+    def density(self) -> float | None:
+        """The share of the whole prompt's dense attention that was computed; None where all of it was."""
+        read = None if self.prefilling is None else self.prefilling.report.density
+        if self.shortening is None:
+            return read
+        return self.shortening.density * (1.0 if read is None else read)
 
     def report(self) -> CacheReport:
         """What is held now; carries out an eviction that is due."""
@@ -350,7 +379,12 @@ class EvictingCache(Cache):
         share = sum(part.read for part in reading) / there if there else None
         sizes = self.bytes_full, self.bytes_kept
         prefill = None if self.prefilling is None else self.prefilling.report
-        return CacheReport(label, self.evicting[0].seen, *sizes, self.plan, share, self._notes, prefill)
+        notes = self._notes
+        if self.dropper is not None and self.shortening is None and self.evicting[0].seen:
+            notes += (
+                "the prompt was read whole: generate and session.prefill shorten prompts, single forwards do not",
+            )
+        return CacheReport(label, self.evicting[0].seen, *sizes, self.plan, share, notes, prefill, self.shortening)
 
 
 def _standardised(scores: TokenScores) -> TokenScores:

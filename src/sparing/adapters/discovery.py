@@ -159,6 +159,20 @@ def _blocks(model: nn.Module, path: str) -> list[nn.Module]:
     raise UnsupportedModelError(type(model).__name__, f"its attention ({path}) is in no list of blocks")
 
 
+def decoder_blocks(model: Any, count: int) -> list[nn.Module]:
+    """The decoder layers, without a trial run: the outermost list of so many modules in the model's decoder.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    paths = {path: module for path, module in model.get_decoder().named_modules() if isinstance(module, nn.ModuleList)}
+    fitting = sorted((path.count("."), path) for path, module in paths.items() if len(module) == count)
+    if not fitting:
+        problem = f"it has no list of {count} blocks, one for each layer of its cache"
+        raise UnsupportedModelError(type(model).__name__, problem, "use a method that drops tokens after the prompt")
+    return list(paths[fitting[0][1]])
+
+
 def _find_mlp(block: nn.Module, attention: nn.Module) -> nn.Module | None:
     """The block's child that holds matrices and not the attention; by its usual names if there are several."""
     others = {

@@ -76,6 +76,7 @@ class HoldingLayer(DynamicLayer):
         self.limits: Tensor | None = None  # (lanes,) tokens that a method which follows decoding may hold
         self.short_positions: Tensor | None = None  # (B, n) of a layer that evicts whole tokens
         self.short_valid: Tensor | None = None
+        self.gate: Tensor | None = None  # (B, Hq) bool, the heads in use, of methods that do without some
 
     @property
     def cache(self) -> EvictingCache:
@@ -238,7 +239,7 @@ class HoldingLayer(DynamicLayer):
             follows = scores if self.cache.remembers_scores else None
             self.store = self.packed(slots, folded, follows, action)
             self.keys = self.values = None
-        self.tail = self._newest_run()
+        self.tail = self.newest_run()
         self.transformed = None
         return planned
 
@@ -284,7 +285,7 @@ class HoldingLayer(DynamicLayer):
         self.reading.weights = weights
         self.states = {}
 
-    def _newest_run(self) -> int:
+    def newest_run(self) -> int:
         """How many of the newest tokens every lane still holds without a gap: those can be cropped again."""
         if self.store is not None:
             lanes = [self.store.lane_positions(lane) for lane in range(self.store.rows * self.store.kv_heads)]

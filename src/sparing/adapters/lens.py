@@ -17,11 +17,11 @@ from transformers.cache_utils import DynamicCache
 from sparing.adapters.attach import Attachment, Registration, is_attached
 from sparing.adapters.attention import base_attention
 from sparing.adapters.discovery import LensLayer, OnCall, discover, swapped
-from sparing.adapters.fingerprint import fingerprint
 from sparing.adapters.masks import LazyMask, lazy_mask
 from sparing.adapters.prefix import holds_keys_only, read_only
 from sparing.adapters.relevance import relevance_rules
 from sparing.adapters.structure import require_plain_cache
+from sparing.core.fingerprint import fingerprint
 from sparing.core.lens import Attend, AttentionCall, AttentionHook, Site, SiteHook
 from sparing.core.scorer import Softmax
 from sparing.core.scores import ModelIdentity

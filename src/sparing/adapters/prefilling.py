@@ -35,7 +35,7 @@ class PrefillReport:
         densities: [layer] → (Hq,) float64, the share of its (query, key) pairs that each head has computed, over all
             rows and calls so far; by the layers' numbers in the cache. Calls that were read densely count as 1.
         dense_calls: (layer, call)s that dense attention was faster for.
-        zeros: of the numbers that stand for keys, how many are zero, and how many there are; (0, 0) where keys are keys.
+        zeros: of the numbers that stand for keys, how many are zero, and how many there are; (0, 0) for keys as they are.
     """
 
     method: str

@@ -72,7 +72,9 @@ def replay(cache: EvictingCache, scorer: Scorer, end: int) -> None:
         problem = f"{name} replays the prompt, whose tokens are not known"
         raise CacheStateError(problem, "read the prompt as input_ids inside `with sparing.use(...)`")
     pad, began = int(cache.pads(1)[0]), _now(cache)
-    for each in scorer.replay(ids[0, pad:end].tolist()):
+    short = cache.shortening
+    drafted = short.drafted if short is not None and short.length == end else None
+    for each in scorer.replay(ids[0, pad:end].tolist(), drafted):
         _check_positions(cache, name, cache.evicting[0].seen - pad + len(each.ids))
         _run_pass(cache, scorer, each, pad)
     cache.tape.replayed.add(scorer)

@@ -13,6 +13,7 @@ import click
 from sparing.errors import InputFileError, InvalidInputError
 
 if TYPE_CHECKING:
+    from sparing.compare.loading import Drafts
     from sparing.compare.sweep import Cell, Contestant, Sweep
     from sparing.tasks import Task
 
@@ -36,15 +37,17 @@ def compare(
     out: Path, dtype: str, device: str | None,
 ) -> None:  # fmt: skip
     """Compare methods at several budgets on tasks, and write a report."""
-    from sparing.compare.loading import load_model
+    from sparing.compare.loading import Drafts, load_model
     from sparing.compare.store import ResultStore
     from sparing.compare.sweep import Sweep
 
-    contestants, tasks = _contestants(method_text, keep_text), _tasks(task_text)
+    drafts = Drafts(dtype, device)
+    contestants, tasks = _contestants(method_text, keep_text, drafts), _tasks(task_text)
     cells = _cells(tasks, _lengths(lengths), mode)
     if method_text == "all":
         _say_what_is_left_out()
     loaded = load_model(model, dtype, device)
+    drafts.check(loaded)
     with ResultStore(out) as store:
         if store.repaired:
             click.echo(f"{store.file}: {store.repaired}", err=True)
@@ -72,20 +75,22 @@ def generate(
 ) -> None:  # fmt: skip
     """Answer a question about a text from a compressed cache."""
     from sparing.compare.ask import ask
-    from sparing.compare.loading import load_model
+    from sparing.compare.loading import Drafts, load_model
     from sparing.core.budget import parse_keep
     from sparing.core.parsing import parse_method
     from sparing.tasks.user_files import read_text
 
-    method = parse_method(method_text, parse_keep(keep_text))
+    drafts = Drafts(dtype, device)
+    method = parse_method(method_text, parse_keep(keep_text), drafts)
     text = read_text(context, "it should hold the text that the question is about")
     if not question.strip():
         raise InvalidInputError("question", question, "some text")
     loaded = load_model(model, dtype, device)
+    drafts.check(loaded)
     ask(loaded, method, text, question, max_new_tokens, query_aware, compare_full)
 
 
-def _contestants(method_text: str, keep_text: str) -> list[Contestant]:
+def _contestants(method_text: str, keep_text: str, drafts: Drafts | None = None) -> list[Contestant]:
     """Every method at every budget; "full" may be named but always runs anyway."""
     from sparing.compare.sweep import Contestant
     from sparing.core.budget import parse_keep
@@ -94,12 +99,12 @@ def _contestants(method_text: str, keep_text: str) -> list[Contestant]:
 
     names = split_methods(method_text)
     if method_text == "all":
-        names = [info.name for info in registered().values() if not (info.needs or info.python_only)]
+        names = [info.name for info in registered().values() if not (info.needs or info.needs_draft)]
     keeps = [parse_keep(part) for part in keep_text.split(",") if part.strip()]
     names = list(dict.fromkeys(name for name in names if name != "full"))
     if not keeps:
         raise InvalidInputError("keep", keep_text, 'at least one budget, such as "0.5,0.25"')
-    return [Contestant(name, parse_method(name, keep)) for name in names for keep in dict.fromkeys(keeps)]
+    return [Contestant(name, parse_method(name, keep, drafts)) for name in names for keep in dict.fromkeys(keeps)]
 
 
 def _say_what_is_left_out() -> None:
@@ -107,8 +112,8 @@ def _say_what_is_left_out() -> None:
     from sparing.core.method import methods as registered
 
     for info in registered().values():
-        if info.python_only:
-            click.echo(f"left out: {info.name} (can be built in Python only)", err=True)
+        if info.needs_draft:
+            click.echo(f"left out: {info.name} (needs a draft model: {info.name}(draft=NAME))", err=True)
         if info.needs:
             how = f"sparing calibrate --method {info.name}, then {info.name}(scores=FILE)"
             click.echo(f"left out: {info.name} (needs a measurement: {how})", err=True)

@@ -67,7 +67,7 @@ def _answer(engine: Engine, reading: Reading, method: Method, fed: list[int], ma
     report = compressed.cache.report()
     plan = report.plan
     read = f", {compressed.read[-1]:.1%} of them read per token" if compressed.read else ""
-    prefill = f"{report.prefill}; " if report.prefill else ""
+    prefill = "".join(f"{each}; " for each in (report.prompt, report.prefill) if each)
     entries = f"kept {plan.tokens_kept:,} of {plan.tokens_seen:,} entries, " if plan else "kept everything, "
     click.secho(
         f"\n[{entries}{report.bytes_kept:,} of {report.bytes_full:,} bytes ({report.share:.1%}){read}; "

@@ -25,7 +25,7 @@ class Reading:
     Attributes:
         cache: holds everything; what scorers observed is in it. Compress it with `compress`.
         next_logits: (vocabulary,) logits after the prompt's last token.
-        seconds: of the forward, without the time that scorers took.
+        seconds: of the forward, without the time that scorers took; and of the draft model, if it shortens the prompt.
     """
 
     cache: EvictingCache
@@ -78,12 +78,13 @@ class Engine:
 
     @torch.inference_mode()
     def read(self, token_ids: Sequence[int], methods: Iterable[Method]) -> Reading:
-        """Read a prompt once, as all the methods read it, with their scorers watching."""
+        """Read a prompt once, what and as all the methods read of it, with their scorers watching."""
         cache = self.session.watching_cache(methods)
-        cache.expect_prompt(len(token_ids))
         self._synchronize()
         began = time.perf_counter()
-        logits = self._forward(token_ids, cache, last_only=True)
+        read = self.session.shorten(cache, torch.tensor([list(token_ids)]))[0][0].tolist()
+        cache.expect_prompt(len(read))
+        logits = self._forward(read, cache, last_only=True)
         self._synchronize()
         observing = sum(cache.observing_seconds.values())
         return Reading(cache, logits[-1], time.perf_counter() - began - observing)

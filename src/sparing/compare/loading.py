@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sparing.adapters.fingerprint import fingerprint
-from sparing.errors import InvalidInputError, UnsupportedModelError
+from sparing.core.fingerprint import fingerprint
+from sparing.errors import InvalidInputError, MethodRefusedError, UnsupportedModelError
 from sparing.models import resolve
 
 # Below so many parameters, sharing an operation between threads costs more than it saves (measured: twice the time).
@@ -73,6 +73,37 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> Loa
         torch.set_num_threads(1)
     text = model.config.get_text_config(decoder=True)
     return LoadedModel(name, model, tokenizer, fingerprint(model), getattr(text, "max_position_embeddings", None))
+
+
+class Drafts:
+    """Loads draft models by name, each once.
+
+    Example:
+        >>> drafts = Drafts("float32")
+        >>> method = parse_method("specpc(draft=bundled)", 0.5, drafts)
+        >>> drafts.check(load_model("bundled"))
+    """
+
+    def __init__(self, dtype: str = "auto", device: str | None = None) -> None:
+        self._dtype, self._device = dtype, device
+        self._loaded: dict[str, LoadedModel] = {}
+
+    def __call__(self, name: str) -> Any:
+        """The model of that name, see `load_model`."""
+        if name not in self._loaded:
+            self._loaded[name] = load_model(name, self._dtype, self._device)
+        return self._loaded[name].model
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Refuse draft models whose tokenizers give texts other ids than a model's own.
+
+        Raises:
+            MethodRefusedError: one does.
+        """
+        for name, draft in self._loaded.items():
+            if draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+                problem = f"the draft model has another tokenizer than {loaded.name}"
+                raise MethodRefusedError(name, problem, "use a draft model with the same tokenizer")
 
 
 def _check_device(place: str) -> None:

@@ -20,9 +20,11 @@ from sparing.compare.engine import FULL, Compressed, Engine, Output, Reading
 from sparing.compare.environment import peak_memory_bytes, reset_peak_memory
 from sparing.compare.loading import LoadedModel
 from sparing.compare.store import ResultStore, row_key
+from sparing.core.cascade import Cascade
 from sparing.core.method import Method
 from sparing.core.plan import Plan
 from sparing.core.prefill import SparsePrefill
+from sparing.core.prompt import PromptDropper
 from sparing.errors import InvalidInputError, MethodRefusedError
 from sparing.session import check_measurements, use
 from sparing.tasks import Question, Sample, Task, bootstrap, context_means, wilson
@@ -62,7 +64,7 @@ class Tally:
     Attributes:
         scores: [context][question] in [0, 1]. shares: [context] → the plan's shares, or None if nothing was dropped.
         read: of every answer, the share of the stored tokens that it read, for methods that read a part.
-        density: of every prompt, the share of dense attention that was computed, for methods that read it sparsely.
+        density: of every prompt, the share of dense attention that was computed, for methods that read less of it.
     """
 
     scores: list[list[float]] = field(default_factory=list)
@@ -295,8 +297,9 @@ class Sweep:
         if not is_first or plan is None or plan.tokens_kept > MAX_EXAMPLE_ENTRIES:
             return
         kept: list[Any] = [None] * len(self._layers())
+        short = compressed.cache.shortening
         for layer in plan.layers:
-            kept[layer.layer] = [head.tolist() for head in layer.kept[0]]
+            kept[layer.layer] = [(short.in_whole(head) if short else head).tolist() for head in layer.kept[0]]
         known = self.example["methods"].get(contestant.name)
         if known is None or plan.share < known["share"]:
             entry = {"keep": contestant.method.keep, "share": plan.share, "output": output, "kept": kept}
@@ -312,9 +315,9 @@ def _always(method: Method) -> Method:
 
 def _read_alike(contestants: Sequence[Contestant]) -> list[list[Contestant]]:
     """The contestants by how they read the prompt: those that read it alike share it. The full cache comes first."""
-    groups: dict[SparsePrefill | None, list[Contestant]] = {}
+    groups: dict[tuple[SparsePrefill | Cascade | None, PromptDropper | None], list[Contestant]] = {}
     for contestant in contestants:
-        groups.setdefault(contestant.method.reading, []).append(contestant)
+        groups.setdefault((contestant.method.reading, contestant.method.shortening), []).append(contestant)
     return list(groups.values())
 
 
@@ -332,8 +335,8 @@ def _account(tally: Tally, compressed: Compressed) -> None:
     tally.bytes_kept.append(compressed.cache.bytes_kept)
     tally.prefill.append(compressed.seconds)
     tally.plans.append(compressed.cache.plan)
-    if compressed.cache.prefilling is not None:
-        tally.density.append(compressed.cache.prefilling.report.density)
+    if compressed.cache.density is not None:
+        tally.density.append(compressed.cache.density)
 
 
 def _mean_shares(plans: Sequence[Plan | None], layers: int) -> list[list[float] | None]:

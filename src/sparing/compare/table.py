@@ -103,23 +103,23 @@ def _main_table(section: Section, cells: Sequence[Cell], *, times: bool) -> Tabl
     table.add_column("worst", justify="right", no_wrap=True)
     table.add_column("on", overflow="fold")
     table.add_column("bytes\nkept", justify="right", no_wrap=True)
-    if section.has_readers:
-        table.add_column("of it\nread", justify="right", no_wrap=True)
+    for part in section.parts:
+        table.add_column("\n".join(words.PARTS[part].rsplit(" ", 1)), justify="right", no_wrap=True)
     if times:
         table.add_column("prefill\ns", justify="right", no_wrap=True)
         table.add_column("decode\nms/token", justify="right", no_wrap=True)
     count = len(table.columns)
     if section.full is not None:
-        table.add_row(*_values("", section.full, cells, section.has_readers)[:count], style="bold", end_section=True)
+        table.add_row(*_values("", section.full, cells, section.parts)[:count], style="bold", end_section=True)
     for budget in section.budgets:
         for number, entry in enumerate(budget.entries):
             label = budget.label if number == 0 else ""
             last = number == len(budget.entries) - 1
-            table.add_row(*_values(label, entry, cells, section.has_readers)[:count], end_section=last)
+            table.add_row(*_values(label, entry, cells, section.parts)[:count], end_section=last)
     return table
 
 
-def _values(label: str, entry: Entry, cells: Sequence[Cell], has_readers: bool) -> list[str]:
+def _values(label: str, entry: Entry, cells: Sequence[Cell], parts: Sequence[str]) -> list[str]:
     """One row; the times come last, since a narrow table drops them."""
     scores = [_score(entry.points[cell].estimate) if cell in entry.points else words.NO_VALUE for cell in cells]
     average, worst, task = words.NO_VALUE, words.NO_VALUE, ""
@@ -127,7 +127,7 @@ def _values(label: str, entry: Entry, cells: Sequence[Cell], has_readers: bool) 
         average = _score(entry.average)
         worst, task = _number(entry.worst[1].estimate), entry.worst[0].label
     times = [words.number(entry.prefill_s), words.milliseconds(entry.decode_s)]
-    kept = [words.percent(entry.share), *([words.read(entry.read)] if has_readers else [])]
+    kept = [words.percent(entry.share), *(words.read(getattr(entry, part)) for part in parts)]
     texts = [label, entry.method, *scores, average, worst, task, *kept, *times]
     return [_plain(text) for text in texts]
 

@@ -62,11 +62,10 @@ class EqualRows:
 
     def allocate(self, scores: Tensor, budget: BlockBudget, *, is_mass: bool) -> Tensor:
         """See `BlockAllocator.allocate`."""
-        heads = scores.shape[0]
         free = budget.free
-        counts = torch.zeros(heads, scores.shape[1], dtype=torch.int64)
-        for head in range(heads):
-            counts[head] = _row_counts(budget, free[head].sum(-1), head)
+        # Heads of which the same blocks are always on, usually all, share their counts.
+        kinds, kind_of_head = budget.forced.unique(dim=0, return_inverse=True)
+        counts = torch.stack([_row_counts(budget, kind) for kind in kinds])[kind_of_head.cpu()]
         return budget.forced | _best_of_rows(scores, free, counts.to(scores.device))
 
 
@@ -99,9 +98,8 @@ class TopMass:
     def allocate(self, scores: Tensor, budget: BlockBudget, *, is_mass: bool) -> Tensor:
         """See `BlockAllocator.allocate`."""
         held = mass_of_better(as_mass(scores, budget.reachable, is_mass), budget.forced)
-        # What rounds to all of the mass before a row's last blocks is not all of it.
-        has_limit = self.mass is not None and self.mass < 1
-        wanted = budget.free & (held < self.mass) if has_limit else budget.free
+        most = torch.inf if self.mass is None or self.mass == 1 else self.mass  # what rounds to 1 is not all of it
+        wanted = budget.free & (held < most)
         return budget.forced | best_within(-held, budget, wanted)
 
 
@@ -161,9 +159,9 @@ def best_by_position(values: Tensor, forced: Tensor, until: Tensor, size: int) -
     return _best_of_rows(values, free, counts) | forced
 
 
-def _row_counts(budget: BlockBudget, there: Tensor, head: int) -> Tensor:
-    """(nq,) how many free blocks each row of a head takes."""
-    taken = (budget.forced[head] * budget.areas).sum(-1)
+def _row_counts(budget: BlockBudget, forced: Tensor) -> Tensor:
+    """(nq,) how many free blocks each row of a head takes of which these (nq, nk) are always on."""
+    taken, there = (forced * budget.areas).sum(-1), (budget.reachable & ~forced).sum(-1)
     share = budget.pairs / int(budget.areas.sum())
     area = budget.areas.amax(-1)  # of a whole block; the first and the last row of blocks may be thin
     wanted = ((budget.areas.sum(-1) * share - taken) / area).clamp_min(0).minimum(there)

@@ -67,16 +67,16 @@ class MeasuredMethod(Method):
 
 
 def needed_by(method: str) -> tuple[str, ...]:
-    """The scorers whose measurements a registered method needs.
+    """The scorers whose measurements a registered method needs, or can use.
 
     Raises:
-        UnknownNameError: no such method. InvalidInputError: it needs none.
+        UnknownNameError: no such method. InvalidInputError: it uses none.
     """
     known = methods()
     if method not in known:
         raise UnknownNameError("method", method, known)
-    needs = known[method].needs
+    needs = known[method].needs + known[method].takes
     if not needs:
-        allowed = "one of " + ", ".join(name for name, info in known.items() if info.needs)
+        allowed = "one of " + ", ".join(name for name, info in known.items() if info.needs + info.takes)
         raise InvalidInputError("method", method, allowed, "the others need no measurement")
     return needs

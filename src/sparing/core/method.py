@@ -18,7 +18,9 @@ from sparing.core.token_scores import Unit
 from sparing.errors import InvalidInputError, MethodRefusedError, require
 
 if TYPE_CHECKING:
+    from sparing.core.cascade import Cascade
     from sparing.core.prefill import SparsePrefill
+    from sparing.core.prompt import PromptDropper
 
 Moment = Literal["prefill_end", "chunk_end", "every_step"]
 When = Moment | Literal["before_prompt", "prefill"]
@@ -29,8 +31,8 @@ class MethodInfo:
     """What the registry knows of a method: everything that lists, tables and documents show.
 
     Attributes:
-        needs: names of the scorers whose measurements of the model it needs.
-        python_only: True if it needs an object that text cannot name.
+        needs: names of the scorers whose measurements of the model it needs. takes: likewise, but works without them.
+        needs_draft: True if it needs a draft model, which text names by a folder or a name on the Hub.
     """
 
     name: str
@@ -41,7 +43,8 @@ class MethodInfo:
     summary: str
     training_free: bool
     needs: tuple[str, ...]
-    python_only: bool
+    takes: tuple[str, ...]
+    needs_draft: bool
     recipe: type[Method]
 
 
@@ -143,6 +146,7 @@ class Method:
         bits: 8 or 4 to hold all but the newest tokens as codes (KIVI, arXiv:2402.02750); None or 16: as the model does.
             Codes take less; how many tokens stay is counted as if they did not, also where `keep` is in bytes.
         prefill: how the prompt is read; None for dense attention.
+        prompt: which of the prompt's tokens are read at all; None for every one. `keep` stays a share of all of them.
 
     Raises:
         InvalidInputError: `keep` is no budget. MethodRefusedError: a combination that is not defined.
@@ -152,6 +156,7 @@ class Method:
     min_prompt: int = field(default=32, kw_only=True)
     bits: int | None = field(default=None, kw_only=True)
     prefill: SparsePrefill | None = field(default=None, kw_only=True)
+    prompt: PromptDropper | None = field(default=None, kw_only=True)
 
     info: ClassVar[MethodInfo | None] = None
 
@@ -160,6 +165,8 @@ class Method:
         require(self.min_prompt >= 0, "min_prompt", self.min_prompt, "a number of tokens >= 0")
         is_known = self.bits is None or (type(self.bits) is int and self.bits in (16, 8, 4))
         require(is_known, "bits", self.bits, "8 or 4; None or 16 for what the model has")
+        drops = self.prompt is None or hasattr(self.prompt, "choose")
+        require(drops, "prompt", self.prompt, "a method that drops prompt tokens, e.g. sparing.SpecPC(draft=small)")
         parts = self.parts()
         parts.check(self.label)
         if self.is_compact:
@@ -178,9 +185,14 @@ class Method:
         raise NotImplementedError
 
     @property
-    def reading(self) -> SparsePrefill | None:
+    def reading(self) -> SparsePrefill | Cascade | None:
         """How the prompt is read; None for dense attention."""
         return None if self.prefill is None else self.prefill.reading
+
+    @property
+    def shortening(self) -> PromptDropper | None:
+        """What drops tokens of the prompt before it is read; None if all of it is read."""
+        return None if self.prompt is None else self.prompt.shortening
 
     @property
     def measurements(self) -> tuple[Scores, ...]:
@@ -255,7 +267,8 @@ def register(
     moment: When = "prefill_end",
     training_free: bool = True,
     needs: tuple[str, ...] = (),
-    python_only: bool = False,
+    takes: tuple[str, ...] = (),
+    needs_draft: bool = False,
 ) -> Callable[[type[M]], type[M]]:
     """Register a recipe: the only place where a method is made known.
 
@@ -264,12 +277,13 @@ def register(
         paper: arXiv number or "-" for a baseline without one.
         summary: one line, what it keeps.
         needs: scorers of heads or layers whose measurements of the model it needs (see `core.measured`).
-        python_only: it needs an object that text cannot name, such as another model.
+        takes: those that it uses if it is given them.
+        needs_draft: it needs a draft model (see `core.draft`).
     """
 
     def add(recipe: type[M]) -> type[M]:
         assert name not in _REGISTRY, f"two methods named {name}"
-        info = MethodInfo(name, family, unit, moment, paper, summary, training_free, needs, python_only, recipe)
+        info = MethodInfo(name, family, unit, moment, paper, summary, training_free, needs, takes, needs_draft, recipe)
         recipe.info = info
         _REGISTRY[name] = info
         return recipe

@@ -74,7 +74,7 @@ def _single(text: str, defaults: dict[str, Any], load_draft: Callable[[str], Any
     if name not in known:
         raise UnknownNameError("method", name, known)
     given = defaults | words
-    if known[name].needs and "scores" in words:
+    if known[name].needs + known[name].takes and "scores" in words:
         given["scores"] = load_scores(words["scores"])
     if known[name].needs_draft and "draft" in words and load_draft is not None:
         given["draft"] = load_draft(words["draft"])
@@ -94,6 +94,6 @@ def _allocated(recipe: Method, text: str, name: str) -> Method:
         parts = recipe.block_parts()
         common |= {"first": parts.first, "recent": parts.recent, "block": recipe.block, "dispatch": recipe.dispatch}
         return BlockSparse(scorer=parts.scorer, allocator=allocator, **common)
-    if not recipe.parts().frees or isinstance(recipe, Cascade):
+    if not recipe.parts().frees or isinstance(recipe, Cascade | PromptDropper):
         raise MethodRefusedError(name, "drops nothing, so it has no scores to spread a budget by", f"use {name} alone")
     return Evict(scorer=recipe.parts().scorer, allocator=allocator, **common)

@@ -48,7 +48,10 @@ def build(recipe: type, fields: dict[str, Any], name: str) -> Any:
         value = values[key] = _literal(text) if isinstance(text, str) and not isinstance(default, str) else text
         if key == "keep":  # checked by the method, which takes several types
             continue
-        if kinds[key] == "int | None" and (value is None or type(value) is int):
+        if kinds[key] in ("int | None", "int | tuple[int, ...] | None") and (value is None or type(value) is int):
+            continue
+        if kinds[key] == "float | None" and (value is None or type(value) in (int, float)):
+            values[key] = None if value is None else float(value)
             continue
         if not isinstance(default, bool | int | float | str):
             if not isinstance(text, str):  # an object already

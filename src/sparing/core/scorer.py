@@ -160,8 +160,12 @@ class Scorer:
     def meet(self, model: Any) -> None:
         """Refuse a model that this scorer cannot serve, before anything runs; for scorers that hold another model."""
 
-    def replay(self, ids: Sequence[int]) -> list[Replay]:
-        """What to run after a prompt of these real tokens, for scorers that replay."""
+    def replay(self, ids: Sequence[int], drafted: Any = None) -> list[Replay]:
+        """What to run after a prompt of these real tokens, for scorers that replay.
+
+        Args:
+            drafted: what a draft model wrote after the prompt before it was shortened (`core.draft.Drafted`), if any.
+        """
         raise NotImplementedError
 
     def observe_replay(self, state: Any, queries: Queries, stored: KeyValues, replay: Replay) -> Any:

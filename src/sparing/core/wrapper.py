@@ -41,9 +41,9 @@ class Wrapper(Scorer):
         """See `Scorer.meet`."""
         self.scorer.meet(model)
 
-    def replay(self, ids: Sequence[int]) -> list[Replay]:
+    def replay(self, ids: Sequence[int], drafted: Any = None) -> list[Replay]:
         """See `Scorer.replay`."""
-        return self.scorer.replay(ids)
+        return self.scorer.replay(ids, drafted)
 
     def observe_replay(self, state: Any, queries: Queries, stored: KeyValues, replay: Replay) -> Any:
         """See `Scorer.observe_replay`."""

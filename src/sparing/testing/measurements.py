@@ -24,7 +24,10 @@ def planted_scores(scorer: str, model: ModelIdentity, seed: int = 0) -> Scores:
     axes = scorers()[scorer].axes
     sizes = {"layer": model.num_layers, "head": model.num_heads, "kv_head": model.num_kv_heads}
     generator = torch.Generator().manual_seed(seed + len(scorer))
-    return Scores(torch.rand(*(sizes[axis] for axis in axes), generator=generator), axes, scorer, model)
+    values, extras = torch.rand(*(sizes[axis] for axis in axes), generator=generator), {}
+    if scorer == "boundaries":  # it is its predictors that are used
+        extras["weights"] = torch.randn(model.num_layers, model.num_kv_heads, 8, 8, generator=generator)
+    return Scores(values, axes, scorer, model, extras=extras)
 
 
 @functools.cache

@@ -91,7 +91,8 @@ class Point:
 class Entry:
     """One method at one budget over all cells of a section.
 
-    `share`: of the bytes, what was kept. `read`: of what was kept, what a decoded token read; None for all of it.
+    `share`: of the bytes, what was kept. `read`: of what was kept, what a decoded token read. `density`: of the
+    prompt's attention, what was computed. None for all of it.
     """
 
     method: str
@@ -102,6 +103,7 @@ class Entry:
     worst: tuple[Cell, Point] | None
     share: float | None
     read: float | None
+    density: float | None
     lost: int
     questions: int
     prefill_s: float | None
@@ -136,9 +138,9 @@ class Section:
     warnings: list[tuple[str, int]] = field(default_factory=list)
 
     @property
-    def has_readers(self) -> bool:
-        """True if a method reads only a part of what it keeps."""
-        return any(entry.read is not None for entry in self.entries)
+    def parts(self) -> list[str]:
+        """Which of "read" and "density" are less than all for a method."""
+        return [name for name in ("read", "density") if any(getattr(entry, name) is not None for entry in self.entries)]
 
     @property
     def contexts(self) -> int:
@@ -258,6 +260,7 @@ def _entry(
         worst=min(scored, key=lambda item: item[1].estimate.score) if complete else None,
         share=sum(point.bytes_kept for point in points.values()) / total_full if total_full > 0 else None,
         read=_mean(row.get("read_share") for row in rows),
+        density=_mean(row.get("density") for row in rows),
         lost=sum(point.lost for cell, point in scored if cell.metric != PERPLEXITY),
         questions=sum(point.questions for cell, point in scored if cell.metric != PERPLEXITY),
         prefill_s=_mean(point.prefill_s for point in longest),

@@ -14,17 +14,15 @@ LEFT = ("on task",)
 def standing(section: Section, order: Sequence[str]) -> str:
     """Average and worst task of every method and budget."""
     names = ["keep", "method", "average, 95 % interval", "", "worst", "on task", "answers lost", "bytes kept"]
-    head = _head(*names, *["of it read"] * section.has_readers)
+    head = _head(*names, *(words.PARTS[part] for part in section.parts))
     body = []
     if section.full is not None:
-        body.append(
-            f"<tbody><tr>{_group('full', 1)}{_standing_cells(section.full, order, section.has_readers)}</tr></tbody>"
-        )
+        body.append(f"<tbody><tr>{_group('full', 1)}{_standing_cells(section.full, order, section.parts)}</tr></tbody>")
     for budget in section.budgets:
         rows = []
         for number, entry in enumerate(budget.entries):
             group = _group(budget.label, len(budget.entries)) if number == 0 else ""
-            rows.append(f"<tr>{group}{_standing_cells(entry, order, section.has_readers)}</tr>")
+            rows.append(f"<tr>{group}{_standing_cells(entry, order, section.parts)}</tr>")
         body.append(f"<tbody>{''.join(rows)}</tbody>")
     caption = (
         "Best average first within each budget. The dot is the average, the band its 95 % interval, the "
@@ -34,11 +32,11 @@ def standing(section: Section, order: Sequence[str]) -> str:
     return _table(caption, head, body, "standing")
 
 
-def _standing_cells(entry: Entry, order: Sequence[str], has_readers: bool) -> str:
+def _standing_cells(entry: Entry, order: Sequence[str], parts: Sequence[str]) -> str:
     name = _method(entry.method, order)
     lost = f"{entry.lost} of {entry.questions}" if entry.questions else words.NO_VALUE
     share = f'<td class="n">{words.percent(entry.share)}</td>'
-    share += f'<td class="n">{words.read(entry.read)}</td>' if has_readers else ""
+    share += "".join(f'<td class="n">{words.read(getattr(entry, part))}</td>' for part in parts)
     if entry.average is None or entry.worst is None:
         empty = '<td class="quiet" colspan="4">no average: no task counts, or not all have run</td>'
         return f'{name}{empty}<td class="n">{lost}</td>{share}'

@@ -31,8 +31,12 @@ def percent(share: float | None) -> str:
     return f"{value:.0f} %" if short else f"{value:.1f} %"
 
 
+# Columns for methods that do less than all, and their headings.
+PARTS = {"read": "of it read", "density": "prompt read"}
+
+
 def read(share: float | None) -> str:
-    """What a decoded token reads of what is kept."""
+    """What a decoded token reads of what is kept, or what of a prompt's attention is computed."""
     return "all" if share is None else percent(share)
 
 
@@ -137,7 +141,7 @@ def _unequal(budget: Budget) -> str:
     (least, thrifty), (most, greedy) = min(known), max(known)
     if most - least <= SAME_BUDGET:
         return ""
-    readers = [entry.method for entry in budget.entries if entry.read is not None]
+    readers = [entry.method for entry in budget.entries if entry.read is not None or _only_computes_less(entry)]
     if readers:
         verb = "free" if len(readers) > 1 else "frees"
         reading = f"{names(readers)} {verb} no memory and only read{'' if len(readers) > 1 else 's'} less"
@@ -145,6 +149,10 @@ def _unequal(budget: Budget) -> str:
         if not rest or max(rest)[0] - min(rest)[0] <= SAME_BUDGET:
             return f"not an even comparison: {reading}"
     return f"not an even comparison: {greedy} kept {percent(most)} of the bytes, {thrifty} {percent(least)}"
+
+
+def _only_computes_less(entry: Entry) -> bool:
+    return entry.density is not None and entry.share is not None and entry.share > 1 - SAME_BUDGET
 
 
 def gate_notes(section: Section) -> list[str]:

@@ -77,7 +77,12 @@ class _Problems:
         if self.pattern.rule is not None or not self.pattern.is_causal:
             which = torch.cat([own, others], dim=1)
             keys, values = self._gather(which + self.first[some, None])
-            return attend_part(states, keys, values, self.softmax, mask=self._mask(which))
+            sees_all = (
+                self.pattern.rule is None
+                and self.pattern.tokens % self.pattern.size == 0
+                and not self.pattern.is_causal
+            )
+            return attend_part(states, keys, values, self.softmax, mask=None if sees_all else self._mask(which))
         keys, values = self._gather(own + self.first[some, None])
         total = attend_part(states, keys, values, self.softmax, is_causal=True)
         if count:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparing.core.pattern import Pattern
+from sparing.core.pattern import Partial, Pattern
 from sparing.core.scorer import Softmax
+from sparing.errors import require
 from sparing.kernels import native
-from sparing.kernels.sparse.partial import Partial
 
 _TYPES = (torch.float32, torch.bfloat16)
 # Head dimensions and block sizes are whole registers of the widest instruction set.
@@ -24,6 +24,7 @@ def offers(query: Tensor, keys: Tensor, values: Tensor, pattern: Pattern) -> boo
     return (
         native.is_built()
         and all(x.device.type == "cpu" and x.dtype == query.dtype for x in tensors)
+        and pattern.blocks.device.type == "cpu"
         and query.dtype in _TYPES
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and all(dim % _REGISTER == 0 and 0 < dim <= _LARGEST_DIM for dim in (query.shape[-1], values.shape[-1]))
@@ -52,6 +53,7 @@ def attend_native(
     Returns:
         out (Hq, Q, Dv) in the query's dtype, lse (Hq, Q) float32.
     """
+    _check(query, keys, values, pattern)
     query, keys, values, blocks = (x.contiguous() for x in (query, keys, values, pattern.blocks))
     out = query.new_empty(*query.shape[:-1], values.shape[-1])
     lse = torch.empty(query.shape[:-1])
@@ -69,6 +71,16 @@ def attend_native(
     )  # fmt: skip
     native.sparse_prefill(job, query.dtype, instruction_set)
     return Partial(out, lse)
+
+
+def _check(query: Tensor, keys: Tensor, values: Tensor, pattern: Pattern) -> None:
+    """The kernel trusts sizes: what disagrees would be read beyond its end."""
+    require(offers(query, keys, values, pattern), "query", query.shape, "what native_prefill.offers")
+    heads, tokens = pattern.heads, pattern.tokens
+    require(query.shape[:2] == (heads, pattern.rows), "query", query.shape, f"({heads}, {pattern.rows}, D)")
+    fits = keys.shape[:2] == values.shape[:2] and keys.shape[1] == tokens and heads % keys.shape[0] == 0
+    require(fits, "keys", keys.shape, f"as many values, {tokens} tokens, a divisor of {heads} heads")
+    require(keys.shape[-1] == query.shape[-1], "keys", keys.shape, f"dimension {query.shape[-1]}, as the queries")
 
 
 def _lists(columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class Reconstruction(Scorer):
         require(self.sinks >= 0, "sinks", self.sinks, "a number of tokens >= 0")
         require(self.overlap >= 0, "overlap", self.overlap, "a number of tokens >= 0")
 
-    def replay(self, ids: Sequence[int]) -> list[Replay]:
+    def replay(self, ids: Sequence[int], drafted: Any = None) -> list[Replay]:
         """See `Scorer.replay`."""
         passes = []
         for start in range(0, len(ids), self.chunk):

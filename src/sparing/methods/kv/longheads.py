@@ -37,6 +37,7 @@ from sparing.core.method import Method, Parts, register
 from sparing.core.reader import Choice, Reader, Step, best_blocks, with_ends
 from sparing.core.scorer import KeyValues, Queries, Softmax
 from sparing.errors import require
+from sparing.measures.chunks import chunk_keys, mean_outputs
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,11 @@ class ChunkSelection(Reader):
         if queries.shape[1] == 0:
             return tail.new_zeros(tail.shape[0], keys.shape[-1]).float()
         # Rotated to any common origin: inside a chunk only distances matter.
-        rows = (queries @ keys.repeat_interleave(groups, dim=0).mT * softmax.scaling).softmax(-1)
-        mean = (rows @ values.repeat_interleave(groups, dim=0)).mean(1)
         moves = torch.full((1, 1, self.chunk), -number * self.chunk, device=keys.device)
         local = keys if stored.rotary is None else turn(keys[None], moves.expand(1, len(keys), -1), stored.rotary)[0]
-        local = local.repeat_interleave(groups, dim=0)
-        return ((mean[:, None] @ local.mT * softmax.scaling).softmax(-1) @ local)[:, 0]
+        keys, values, local = (x.repeat_interleave(groups, dim=0) for x in (keys, values, local))
+        mean = mean_outputs(queries, keys, values, softmax.scaling)
+        return chunk_keys(mean, local, softmax.scaling)
 
     def choose(self, state: Any, step: Step) -> tuple[Any, Choice]:
         """See `Reader.choose`."""

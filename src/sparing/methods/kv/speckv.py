@@ -15,23 +15,23 @@ Deviations:
    attention is never sparse: the paper's vertical-slash prefill is not part of a cache method.
 2. The authors crop the prompt's last token as well and feed it again; here it stays, and is one of the window's.
 3. They draft as many tokens as will be generated, which a method cannot know: 64 by default.
-4. `draft` is a model and is given in Python; text cannot name it. Its tokenizer is checked by the size of the
-   vocabulary only.
+4. In Python the draft model's tokenizer is not known, and is checked by the size of the vocabulary only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparing.core.allocate import Uniform
+from sparing.core.draft import Draft, Drafted
 from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Queries, Replay, Scorer
-from sparing.errors import InvalidInputError, MethodRefusedError, require
+from sparing.errors import require
 from sparing.measures.attention import window_rows
 from sparing.measures.pooling import pool_tokens
 from sparing.measures.replayed import strongest_attention
@@ -42,13 +42,13 @@ class LookaheadAttention(Scorer):
     """s[h, j] = pooled strongest attention of the prompt's last rows and of the drafted rows to key j.
 
     Attributes:
-        draft: a transformers model with the same tokenizer; not the model at work itself.
+        draft: a transformers model with the same tokenizer, or a `Draft`; not the model at work itself.
         lookahead: tokens to draft; 0 for none, then no draft model is needed.
         window: rows of the prompt that vote, always kept themselves.
         kernel_size: odd width of the maximum over neighbours, 1 for none.
     """
 
-    draft: Any = field(default=None, repr=False)
+    draft: Any = None
     lookahead: int = 64
     window: int = 32
     kernel_size: int = 7
@@ -59,35 +59,25 @@ class LookaheadAttention(Scorer):
         require(self.lookahead >= 0, "lookahead", self.lookahead, "a number of tokens >= 0")
         require(self.window >= 1, "window", self.window, "a number of rows >= 1")
         require(is_odd, "kernel_size", self.kernel_size, "an odd number >= 1")
-        if self.lookahead and not callable(getattr(self.draft, "generate", None)):
-            raise InvalidInputError("draft", self.draft, "a transformers model that generates", "or set lookahead=0")
+        if self.lookahead or self.draft is not None:
+            object.__setattr__(self, "draft", Draft.of(self.draft, "or set lookahead=0"))
 
     def meet(self, model: Any) -> None:
         """See `Scorer.meet`."""
-        if not self.lookahead:
-            return
-        if self.draft is model:
-            fix = "load a smaller model, or the same one a second time"
-            raise MethodRefusedError("speckv", "the draft model is the very model that is compressed", fix)
-        own, drafts = (m.get_input_embeddings().num_embeddings for m in (model, self.draft))
-        if own != drafts:
-            problem = f"the draft model has a vocabulary of {drafts} tokens, this one of {own}"
-            raise MethodRefusedError("speckv", problem, "use a draft model with the same tokenizer")
+        if self.lookahead:
+            self.draft.meet("speckv", model)
 
     def observe(self, state: Any, queries: Queries, stored: KeyValues) -> tuple[Queries, Tensor | None]:
         """See `Scorer.observe`; the state is the last `window` rows, and what drafted rows have found so far."""
         return window_rows(None if state is None else state[0], queries, self.window), None
 
-    def replay(self, ids: Sequence[int]) -> list[Replay]:
+    def replay(self, ids: Sequence[int], drafted: Drafted | None = None) -> list[Replay]:
         """See `Scorer.replay`: one pass over the drafted tokens."""
         if not self.lookahead:
             return []
-        prompt = torch.tensor([list(ids)], device=self.draft.device)
-        with torch.no_grad():
-            written = self.draft.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=self.lookahead, do_sample=False
-            )
-        return [Replay(tuple(written[0, len(ids) :].tolist()), 0, len(ids))]
+        is_ours = drafted is not None and (drafted.draft, drafted.lookahead) == (self.draft, self.lookahead)
+        ahead = drafted.ids if drafted is not None and is_ours else self.draft.write(ids, self.lookahead)
+        return [Replay(ahead, 0, len(ids))]
 
     def observe_replay(
         self, state: Any, queries: Queries, stored: KeyValues, replay: Replay
@@ -113,7 +103,7 @@ class LookaheadAttention(Scorer):
     "speckv",
     paper="2506.08373",
     summary="the tokens that a draft model's next tokens attend to; one sequence at a time",
-    python_only=True,
+    needs_draft=True,
 )
 @dataclass(frozen=True)
 class SpecKV(Method):
@@ -126,11 +116,18 @@ class SpecKV(Method):
         kernel_size: odd width of the maximum over neighbours (7).
     """
 
-    draft: Any = field(default=None, repr=False)
+    draft: Any = None
     lookahead: int = 64
     window: int = 32
     kernel_size: int = 7
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "draft", self._scorer().draft)
+
+    def _scorer(self) -> LookaheadAttention:
+        return LookaheadAttention(self.draft, self.lookahead, self.window, self.kernel_size)
+
     def parts(self) -> Parts:
         """See `Method.parts`."""
-        return Parts(LookaheadAttention(self.draft, self.lookahead, self.window, self.kernel_size), Uniform())
+        return Parts(self._scorer(), Uniform())

@@ -1,0 +1,107 @@
+"""Every sparse prefill method on the bundled model: score against density, as The Sparse Frontier (arXiv:2504.17768).
+
+All methods at equal densities, the worst task beside the average, both modes, several seeds and lengths; and isoFLOP:
+of what a prompt costs in all (2 P n for P parameters besides embeddings, and 4 D for every (query, key) pair of every
+head that is computed), which mix of length and density answers best. What choosing costs is not in the FLOPs; it is
+measured in `sparse_prefill.py`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from typing import Any
+
+from common import table
+from frontier import ROOT, Cost, options, rows, short, write_down
+from matplotlib.figure import Figure
+
+from sparing.compare.report.summary import summary
+from sparing.core.method import methods
+from sparing.core.prefill import SparsePrefill
+
+TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
+# Small blocks: the bundled model reads 1 to 2 thousand tokens.
+BLOCK = 16
+SHOWN = 6  # methods in the isoFLOP picture
+
+
+def main() -> None:
+    """Measure and write down."""
+    known = methods().items()
+    names = [
+        f"{name}(block={BLOCK})" for name, info in known if issubclass(info.recipe, SparsePrefill) and not info.needs
+    ]
+    given = options("sparse_frontier", [*names, "spatten"], __doc__)
+    found = rows(given, TASKS)
+    cost = Cost("density", "density", "share of dense prefill attention computed")
+    iso = isoflop(found)
+    title = "Sparse prefill: score against density"
+    write_down("sparse_frontier", title, found, given.seeds, cost, _iso_table(iso))
+    _iso_picture(iso).savefig(ROOT / "docs" / "sparse_isoflop.svg", metadata={"Date": None})
+
+
+def isoflop(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """[method, keep, length] → FLOPs of the prompt and mean score, query-aware, over the tasks that count."""
+    aware = [section for section in summary(found) if section.mode == "query-aware"]
+    counted = {(cell.task, cell.length) for section in aware for cell in section.counted}
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in found:
+        if row["mode"] == "query-aware" and (row["task"], row["length"]) in counted:
+            groups[short(row["method"]), row["keep_label"], row["length"]].append(row)
+    linear, per_pair = _model_costs()
+    points = []
+    for (method, keep, length), group in groups.items():
+        density = statistics.mean(row["density"] or 1.0 for row in group)
+        flops = linear * length + per_pair * density * length * (length + 1) / 2
+        score = statistics.mean(row["score"] for row in group)
+        points.append(
+            {"method": method, "keep": keep, "length": length, "density": density, "flops": flops, "score": score}
+        )
+    return points
+
+
+def _model_costs() -> tuple[float, float]:
+    """FLOPs of a token outside attention, and of a (query, key) pair in all heads and layers."""
+    from sparing.compare.loading import load_model
+
+    model = load_model("bundled", "auto", "cpu").model
+    config = model.config
+    parameters = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * parameters, 4 * dim * config.num_attention_heads * config.num_hidden_layers
+
+
+def _iso_table(points: list[dict[str, Any]]) -> str:
+    lines = [
+        [p["method"], str(p["length"]), f"{p['density']:.0%}", f"{p['flops'] / 1e9:.2f}", f"{p['score']:.2f}"]
+        for p in sorted(points, key=lambda p: (p["flops"], p["method"]))
+    ]
+    return "## isoFLOP, query-aware\n\n" + table(["method", "tokens", "density", "GFLOP", "average"], lines)
+
+
+def _iso_picture(points: list[dict[str, Any]]) -> Figure:
+    """Score against FLOPs: dense attention at every length, and the best methods at every density and length."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    means = defaultdict(list)
+    for point in points:
+        means[point["method"]].append(point["score"])
+    best = sorted((name for name in means if name != "full"), key=lambda name: -statistics.mean(means[name]))[:SHOWN]
+    for name in ["full", *best]:
+        for length in sorted({point["length"] for point in points}):
+            line = sorted(
+                (p["flops"] / 1e9, p["score"]) for p in points if p["method"] == name and p["length"] == length
+            )
+            colour = "black" if name == "full" else f"C{best.index(name)}"
+            first = length == min(point["length"] for point in points)
+            axes.plot(*zip(*line, strict=True), marker="s" if name == "full" else "o", markersize=5, color=colour,
+                      label=("dense" if name == "full" else name) if first else None)  # fmt: skip
+    axes.set(xlabel="GFLOP of the prompt", ylabel="average score, query-aware", xscale="log", ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
