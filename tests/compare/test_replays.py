@@ -26,7 +26,7 @@ def tiny_engine():
 def test_every_budget_is_charged_for_the_replay_and_no_other_method_is(engine, monkeypatch):
     calls, replay = [], Reconstruction.replay
 
-    def slow(self, ids):
+    def slow(self, ids, drafted=None):
         calls.append(len(ids))
         time.sleep(PAUSE)
         return replay(self, ids)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from sparing.core.allocate_blocks import AllRows, BlockBudget, EqualRows, TopMass, as_mass, mass_of_better
 from sparing.core.pattern import Pattern
@@ -14,7 +15,13 @@ def budget(tokens=160, start=0, heads=3, share=0.5, first=1):
     blocks = -(-tokens // 16)
     grid = Pattern(tokens, start, 16, torch.zeros(heads, blocks - start // 16, blocks, dtype=torch.bool))
     forced = grid.blocks | ((torch.arange(blocks) < first) & grid.reachable())
-    return BlockBudget(grid.areas(), grid.reachable(), forced, int(share * grid.all_pairs()))
+    whole = Pattern(tokens, 0, 16, torch.zeros(1, blocks, blocks, dtype=torch.bool))
+    edges = torch.arange(blocks + 1).mul(16).clamp_max(tokens).double()
+    taken = ((torch.arange(blocks) < first) | torch.eye(blocks, dtype=torch.bool)) * whole.areas()
+    free = (share * (edges * (edges + 1) / 2).diff() - taken.sum(-1)) / whole.areas().amax(-1)
+    return BlockBudget(
+        grid.areas(), grid.reachable(), forced, int(share * grid.all_pairs()), F.pad(free.cumsum(0), (1, 0))
+    )
 
 
 def scores(b, seed=0):

@@ -35,7 +35,7 @@ class PrefillReport:
         densities: [layer] → (Hq,) float64, the share of its (query, key) pairs that each head has computed, over all
             rows and calls so far; by the layers' numbers in the cache. Calls that were read densely count as 1.
         dense_calls: (layer, call)s that dense attention was faster for.
-        zeros: of the numbers that stand for keys, how many are zero, and how many there are; (0, 0) for keys as they are.
+        zeros: of the numbers that stand for keys, how many are zero, and how many there are; (0, 0) without them.
     """
 
     method: str
@@ -83,7 +83,7 @@ class Prefilling:
         """An independent copy, for a fork of the cache."""
         return Prefilling(self.method, dict(self.computed), dict(self.there), self.turn, self.dense_calls, self.zeros)
 
-    def rows_of(self, layer: EvictingLayer, count: int) -> int:
+    def rows_of(self, layer: EvictingLayer, count: int, mask: Any) -> int:
         """How many of the `count` new rows of a call are of a prompt, and so read sparsely."""
         start, end = layer.seen - count, layer.seen
         if count == 1 or layer.cache.replaying is not None:
@@ -95,15 +95,19 @@ class Prefilling:
         if rows <= 0:
             return 0
         is_chunk = start > first or end < last
-        aligned = start % self.method.block == 0 or self.method.chunks == "any"
-        if is_chunk and (self.method.chunks == "none" or not aligned):
+        if is_chunk and not self._reads_chunks(start, left_pads(mask, 1, layer)):
             fix = "read the prompt at once"
             if self.method.chunks == "blocks":
                 fix += f", or in chunks of a multiple of {self.method.block} tokens, without pads"
-            raise MethodRefusedError(
-                self.method.label, "a chunk of the prompt would be read otherwise than all of it", fix
-            )
+            problem = "a chunk of the prompt would be read otherwise than all of it"
+            raise MethodRefusedError(self.method.label, problem, fix)
         return rows
+
+    def _reads_chunks(self, start: int, pads: list[int]) -> bool:
+        """Whether a chunk that begins at `start` is read as the whole prompt is."""
+        if self.method.chunks == "blocks":
+            return all((start - pad) % self.method.block == 0 or start <= pad for pad in pads)
+        return self.method.chunks == "any"
 
     def attend(
         self, layer: EvictingLayer, states: tuple[Tensor, Tensor, Tensor], softmax: Softmax, mask: Any
@@ -115,7 +119,7 @@ class Prefilling:
             mask: what the model was given for this call.
         """
         query, keys, values = states
-        rows = 0 if layer.short_valid is not None else self.rows_of(layer, query.shape[2])
+        rows = 0 if layer.short_valid is not None else self.rows_of(layer, query.shape[2], mask)
         if rows == 0:
             return None
         pads = left_pads(mask, query.shape[0], layer)

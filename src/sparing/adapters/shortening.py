@@ -28,6 +28,7 @@ class Shortening:
         method: the name of the method that chose.
         columns: per row, the columns of the whole prompt that are read, increasing (int64).
         tokens: per row, the tokens of the whole prompt. width: its columns, pads counted.
+        length: columns of the short prompts, pads counted.
         drafted: what a draft model wrote after the prompt, if it was a single one.
     """
 
@@ -35,12 +36,8 @@ class Shortening:
     columns: tuple[Tensor, ...]
     tokens: tuple[int, ...]
     width: int
+    length: int
     drafted: Drafted | None = None
-
-    @property
-    def length(self) -> int:
-        """Columns of the short prompts, pads counted."""
-        return max(len(columns) for columns in self.columns)
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -57,7 +54,7 @@ class Shortening:
         """What the model reads in the place of (B, n) ids that begin with the whole prompts, and its mask."""
         require(ids.shape[0] == len(self.columns), "input_ids", f"{ids.shape[0]} sequences", str(len(self.columns)))
         require(ids.shape[1] >= self.width, "input_ids", f"{ids.shape[1]} tokens", f"the {self.width} of the prompt")
-        if not any(self.dropped):
+        if self.length == self.width and not any(self.dropped):
             return ids, mask
         later = ids.shape[1] - self.width
         short = ids[:, :1].repeat(1, self.length + later)  # what stands under a pad is never read
@@ -111,7 +108,10 @@ def shorten(dropper: PromptDropper, lens: Lens, ids: Tensor, mask: Tensor | None
         chosen.append(one)
     columns = tuple(one.kept + pad for one, pad in zip(chosen, pads, strict=True))
     tokens = tuple(ids.shape[1] - pad for pad in pads)
-    return Shortening(dropper.label, columns, tokens, ids.shape[1], chosen[0].drafted if len(chosen) == 1 else None)
+    kept = [len(each) for each in columns]
+    length = ids.shape[1] if kept == list(tokens) else max(kept)
+    drafted = chosen[0].drafted if len(chosen) == 1 else None
+    return Shortening(dropper.label, columns, tokens, ids.shape[1], length, drafted)
 
 
 def implied_mask(ids: Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> Tensor | None:

@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparing.core.budget import round_to_total
 from sparing.errors import require
 
 
@@ -25,12 +24,15 @@ class BlockBudget:
     Attributes:
         areas: (nq, nk) int64 pairs of every block. reachable: (nq, nk) bool, blocks with any pair.
         forced: (Hq, nq, nk) bool, blocks that are on in any case. pairs: per head, on average.
+        blocks_until: (nk + 1,) float64, of a head: how many blocks the rows before each edge, from position 0 on, may
+            compute besides what is forced there; for allocators that look at no row behind.
     """
 
     areas: Tensor
     reachable: Tensor
     forced: Tensor
     pairs: int
+    blocks_until: Tensor | None = None
 
     @property
     def free(self) -> Tensor:
@@ -58,15 +60,19 @@ class BlockAllocator(Protocol):
 
 @dataclass(frozen=True)
 class EqualRows:
-    """Every query row of every head reads the same share of the keys before it."""
+    """Every query row of every head reads the same share of the keys before it.
+
+    A row's number of blocks depends on its position alone, so that a prompt in chunks is read as the whole is: with
+    U(i) blocks that the budget allows for the rows before block i, forced ones taken off, row i reads
+    floor(U(i + 1)) - floor(U(i)) more. What is forced in excess is saved later.
+    """
 
     def allocate(self, scores: Tensor, budget: BlockBudget, *, is_mass: bool) -> Tensor:
         """See `BlockAllocator.allocate`."""
-        free = budget.free
-        # Heads of which the same blocks are always on, usually all, share their counts.
-        kinds, kind_of_head = budget.forced.unique(dim=0, return_inverse=True)
-        counts = torch.stack([_row_counts(budget, kind) for kind in kinds])[kind_of_head.cpu()]
-        return budget.forced | _best_of_rows(scores, free, counts.to(scores.device))
+        assert budget.blocks_until is not None
+        until = (budget.blocks_until + 1e-9).clamp_min(0).cummax(0).values.floor().long()
+        counts = until.diff()[-scores.shape[1] :].to(scores.device)
+        return budget.forced | _best_of_rows(scores, budget.free, counts.expand(scores.shape[:2]))
 
 
 @dataclass(frozen=True)
@@ -157,21 +163,6 @@ def best_by_position(values: Tensor, forced: Tensor, until: Tensor, size: int) -
     counts = taken.diff(dim=-1, prepend=taken.new_zeros(heads, 1)).long()
     free = before & ~forced & (values > -torch.inf)
     return _best_of_rows(values, free, counts) | forced
-
-
-def _row_counts(budget: BlockBudget, forced: Tensor) -> Tensor:
-    """(nq,) how many free blocks each row of a head takes of which these (nq, nk) are always on."""
-    taken, there = (forced * budget.areas).sum(-1), (budget.reachable & ~forced).sum(-1)
-    share = budget.pairs / int(budget.areas.sum())
-    area = budget.areas.amax(-1)  # of a whole block; the first and the last row of blocks may be thin
-    wanted = ((budget.areas.sum(-1) * share - taken) / area).clamp_min(0).minimum(there)
-    left = max(budget.pairs - int(taken.sum()), 0)
-    number = int(float(wanted.sum()) + 1e-6)
-    counts = round_to_total(wanted, number, high=there)
-    while number and int((counts * area.cpu()).sum()) > left:  # rounding went to the thick ones
-        number -= 1
-        counts = round_to_total(wanted, number, high=there)
-    return counts
 
 
 def _best_of_rows(scores: Tensor, free: Tensor, counts: Tensor) -> Tensor:

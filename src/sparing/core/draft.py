@@ -17,7 +17,7 @@ from sparing.errors import InvalidInputError, MethodRefusedError
 class Draft:
     """A transformers model in the part of a draft model. Two are equal if they hold the same model object.
 
-    Its text names the model's class and fingerprint, so that results of different draft models have different keys.
+    Its text names the model by its class and fingerprint, so that results of other draft models have other keys.
     """
 
     model: Any
@@ -36,12 +36,12 @@ class Draft:
         return cls(given)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Changes when the configuration or the weights do."""
-        return fingerprint(self.model)
+    def name(self) -> str:
+        """The model's class and fingerprint."""
+        return f"{type(self.model).__name__}:{fingerprint(self.model)}"
 
     def __repr__(self) -> str:
-        return f"{type(self.model).__name__}:{self.fingerprint}"
+        return f"Draft({self.name!r})"
 
     def meet(self, label: str, model: Any) -> None:
         """Refuse to be the draft model of a model with another vocabulary, or of itself.

@@ -213,6 +213,12 @@ class Cost(Pattern):
         return self.computed
 
 
+def blank(heads: int, tokens: int, start: int, size: int, device: torch.device | None = None) -> Pattern:
+    """The pattern in which every block reads itself only."""
+    first, blocks = start // size, -(-tokens // size)
+    return Pattern(tokens, start, size, torch.zeros(heads, blocks - first, blocks, dtype=torch.bool, device=device))
+
+
 def merged(one: Partial, other: Partial) -> Partial:
     """Attention over the keys of both parts, which share none; `one` is used up.
 

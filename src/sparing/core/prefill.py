@@ -17,11 +17,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparing.core.allocate import Uniform
-from sparing.core.allocate_blocks import BlockAllocator, BlockBudget
+from sparing.core.allocate_blocks import BlockAllocator, BlockBudget, EqualRows
 from sparing.core.method import Method, Parts
-from sparing.core.pattern import Partial, Pattern
+from sparing.core.pattern import Partial, Pattern, blank
 from sparing.core.scorer import KeyValues, Rotary, Scorer, Softmax
 from sparing.errors import InvalidInputError, MethodRefusedError, require
 
@@ -81,9 +82,7 @@ class PromptCall:
 
     def grid(self, size: int) -> Pattern:
         """The pattern in which every block reads itself only, to be filled."""
-        first, blocks = self.start // size, -(-self.tokens // size)
-        off = torch.zeros(self.heads, blocks - first, blocks, dtype=torch.bool, device=self.query.device)
-        return Pattern(self.tokens, self.start, size, off)
+        return blank(self.heads, self.tokens, self.start, size, self.query.device)
 
     def attend(self, pattern: Pattern, *, final: bool = False) -> Partial:
         """Attention under a pattern, sinks left out.
@@ -186,7 +185,7 @@ class SparsePrefill(Method):
 
     def pattern(self, call: PromptCall) -> Pattern:
         """What to read; at most `keep` of it unless more is always on."""
-        return choose_blocks(self.block_parts(), call, self.block, self.pairs(call))
+        return choose_blocks(self.block_parts(), call, self)
 
     def attend(self, call: PromptCall) -> Attended:
         """The attention of a call."""
@@ -237,6 +236,11 @@ class BlockSparse(SparsePrefill):
     first: int = 1
     recent: int = 0
 
+    @property
+    def chunks(self) -> Chunks:  # type: ignore[override]
+        """Rows that share a budget have to be seen together."""
+        return "blocks" if isinstance(self.allocator, EqualRows) else "none"
+
     def block_parts(self) -> BlockParts:
         """See `SparsePrefill.block_parts`."""
         if self.scorer is None or self.allocator is None:
@@ -258,13 +262,18 @@ class Everything(Scorer):
         return torch.zeros(stored.keys.shape[:3], device=stored.keys.device)
 
 
-def choose_blocks(parts: BlockParts, call: PromptCall, size: int, pairs: int) -> Pattern:
-    """The pattern of the best blocks within a budget of pairs per head."""
-    grid = call.grid(size)
+def choose_blocks(parts: BlockParts, call: PromptCall, method: SparsePrefill, size: int | None = None) -> Pattern:
+    """The pattern of the best blocks within the method's budget; `size`: of blocks, the method's by default."""
+    size = size or method.block
+    grid, whole = call.grid(size), blank(1, call.tokens, 0, size, call.query.device)
     numbers = torch.arange(grid.num_key_blocks, device=grid.blocks.device)
-    own = numbers[grid.first_block :, None]
-    forced = (numbers < parts.first) | (numbers > own - 1 - parts.recent)
-    forced = (forced & grid.reachable()).expand_as(grid.blocks)
-    budget = BlockBudget(grid.areas(), grid.reachable(), forced, pairs)
+    forced = ((numbers < parts.first) | (numbers > numbers[:, None] - 1 - parts.recent)) & whole.reachable()
+    edges = torch.arange(grid.num_key_blocks + 1, device=forced.device).mul(size).clamp_max(call.tokens)
+    areas = whole.areas()
+    free = (method.pairs_until(edges).diff() - (forced * areas).sum(-1)) / areas.amax(-1)  # in blocks, of every row
+    budget = BlockBudget(
+        grid.areas(), grid.reachable(), forced[grid.first_block :].expand_as(grid.blocks), method.pairs(call),
+        F.pad(free.cumsum(0), (1, 0)).cpu(),
+    )  # fmt: skip
     blocks = parts.allocator.allocate(parts.scorer.score(call, size), budget, is_mass=parts.scorer.is_mass)
     return Pattern(call.tokens, call.start, size, blocks)

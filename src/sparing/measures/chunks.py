@@ -19,5 +19,5 @@ def chunk_keys(mean: Tensor, local: Tensor, scaling: float) -> Tensor:
 def mean_outputs(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     """(..., Dv): the mean attention output of a chunk whose tokens all see each other: (..., L, D) each, float32."""
     batch = torch.broadcast_shapes(queries.shape[:-2], keys.shape[:-2])
-    lanes = (x.expand(*batch, *x.shape[-2:]).reshape(-1, 1, *x.shape[-2:]) for x in (queries, keys, values))
-    return F.scaled_dot_product_attention(*lanes, scale=scaling).mean(-2).view(*batch, -1)
+    q, k, v = (x.expand(*batch, *x.shape[-2:]).reshape(-1, 1, *x.shape[-2:]) for x in (queries, keys, values))
+    return F.scaled_dot_product_attention(q, k, v, scale=scaling).mean(-2).view(*batch, -1)

@@ -70,10 +70,13 @@ def check_budgets(make: PrefillFactory) -> None:
         for keep in KEEPS:
             method = _made(make, keep)
             computed = float(method.attend(call).pattern.pairs().double().mean())
-            allowed, what = method.pairs(call), f"keep={keep} of {tokens} tokens from {start}"
+            what = f"keep={keep} of {tokens} tokens from {start}"
+            # A row's share may depend on its position alone, so that later rows round for those before them.
+            allowed = method.pairs(call) + (BLOCK**2 if start else 0)
             assert computed <= max(allowed, always), f"{what}: {computed:.0f} pairs a head, {allowed} are allowed"
-            if allowed > 2 * always:
-                assert computed >= LEAST_USED * allowed, f"{what}: only {computed:.0f} of {allowed} pairs are used"
+            budget = method.pairs(call)
+            if budget > 2 * always:
+                assert computed >= LEAST_USED * budget, f"{what}: only {computed:.0f} of {budget} pairs are used"
 
 
 def check_patterns_are_causal(make: PrefillFactory) -> None:
@@ -178,7 +181,9 @@ def check_generates(make: PrefillFactory, name: str) -> None:
             report = session.report()
         assert ids.shape == (2, 94), "tokens are missing"
         assert report.prefill is not None, "the report does not say how the prompt was read"
-        assert 0 < report.prefill.density < 1, f"{report.prefill.density:.1%} of the attention was computed"
+        density = report.prefill.density
+        saves = 0 < density < 1 or not alone.is_masked_softmax  # what only simulates may compute all
+        assert saves, f"{density:.1%} of the attention was computed"
         assert (report.plan is not None) == (method is not alone), "something else was stored"
     assert_same_trace(before, trace(model))
 

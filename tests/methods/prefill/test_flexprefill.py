@@ -150,11 +150,9 @@ def test_some_heads_by_blocks_and_some_not():
     query[1] = 0.0
     call = replace(call, query=query)
     mask = mask_of(FlexPrefill(1.0, SIZE, gamma=0.63).pattern(call))
-    wanted = torch.where(
-        torch.tensor([False, True, False, False])[:, None, None],
-        by_loops(call, 0.63, True),
-        by_loops(call, 0.63, False),
-    )
+    is_block = distances(call) < 0.1
+    assert is_block.tolist() == [True, True, False, True]
+    wanted = torch.where(is_block[:, None, None], by_loops(call, 0.63, True), by_loops(call, 0.63, False))
     assert torch.equal(mask, wanted)
 
 

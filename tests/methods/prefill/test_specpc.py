@@ -208,6 +208,23 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(lengths):
     assert chunked.get_seq_length() == report.prompt.length
 
 
+@pytest.mark.parametrize(("lengths", "row"), [((70, 41), 1), ((70, 31), 1), ((31, 70), 1)])
+def test_a_row_that_is_taken_from_a_batch_goes_on_alone(lengths, row):
+    """Whether it is the longest of the short prompts, has lost nothing, or both."""
+    model, prompt, turn = tiny_model("llama", torch.float64), random_prompt(*lengths), random_prompt(9, seed=2).ids
+    method, rows, single = SpecPC(0.5, tiny_model("llama", torch.float64, seed=1), **SMALL), [row], prompt.row(row)
+    with use(model, method) as session:
+        cache = session.prefill(prompt.ids, 16, prompt.mask)
+        cache.batch_select_indices(torch.tensor(rows))
+        ids, mask = torch.cat([prompt.ids[rows], turn], dim=1), torch.cat([prompt.mask[rows], turn * 0 + 1], dim=1)
+        found = greedy(model, ids, attention_mask=mask, past_key_values=cache)
+        alone = session.prefill(single.ids)
+        wanted = greedy(model, torch.cat([single.ids, turn], dim=1), past_key_values=alone)
+        assert session.report(cache).prompt.dropped == session.report(alone).prompt.dropped
+        assert cache.get_seq_length() == cache.shortening.length + 9 + 4
+    assert found[:, prompt.length + 9 :].equal(wanted[:, single.length + 9 :])
+
+
 def test_beams_and_several_answers():
     model, prompt = tiny_model("llama"), random_prompt(70).ids
     method = SpecPC(30, draft(), **SMALL)
@@ -360,7 +377,10 @@ def test_a_draft_of_another_model_is_not_replayed():
     assert scorer.replay(ids, Drafted(mine, 3, (5, 6, 7)))[0].ids == (5, 6, 7)
 
 
-@pytest.mark.parametrize("check", ["keeping_all_is_exact", "kept_counts_match_the_budget", "leaves_no_trace"])
+@pytest.mark.parametrize(
+    "check",
+    ["fields_are_stored_unchanged", "keeping_all_is_exact", "kept_counts_match_the_budget", "leaves_no_trace"],
+)
 def test_speckv_pc_keeps_promises_of_kv_methods(check):
     run_check(CHECKS[check], functools.partial(SpecKVPC, draft=draft(), lookahead=6))
 

@@ -11,7 +11,7 @@ The error is absolute: it grows with the values' size and the head's channels, s
 
 Cost: attention by definition, a tile of rows at a time, once more for each threshold.
 
-Deviations: 1. Passkey samples (`PasskeySample`), in which words have to be found again, in place of the paper's key-value
+Deviations: 1. Passkey samples (`PasskeySample`), whose words have to be found again, in place of the paper's key-value
 retrieval prompts. 2. Thresholds of several samples are averaged as logarithms.
 """
 

@@ -119,5 +119,5 @@ class TriShape(AShape):
 
 def _block_counts(until: Tensor) -> Tensor:
     """(blocks,) whole blocks that rows read, of the number that all rows up to each block may read together."""
-    whole = until.floor().clamp_min(0).cummax(0).values
+    whole = until.floor().clamp_min(0)
     return whole.diff(prepend=whole.new_zeros(1))

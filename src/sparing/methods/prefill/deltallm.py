@@ -64,6 +64,7 @@ class DeltaLLMPrefill(SparsePrefill):
     theta: float | None = None
 
     chunks: ClassVar[Chunks] = "none"
+    is_masked_softmax: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,7 +29,7 @@ Deviations:
    part of the budget. The chunk that reaches over a block's first row is scored by its mean, later keys included.
 5. The chunk that does not fit into the budget is read in part, from its beginning.
 6. dhsa_blocks: rows read equal shares of what they see instead of equal numbers, as other methods here do.
-7. Prompts are read densely while decoding, as in the code; the abstract says otherwise.
+7. Decoded tokens read everything, as in the code; the abstract says otherwise.
 """
 
 from __future__ import annotations
@@ -268,7 +268,6 @@ class DHSABlocks(SparsePrefill):
     """
 
     key_block: int = 32
-    chunks: ClassVar[Chunks] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -286,4 +285,4 @@ class DHSABlocks(SparsePrefill):
 
     def pattern(self, call: PromptCall) -> Pattern:
         """See `SparsePrefill.pattern`."""
-        return choose_blocks(self.block_parts(), call, self.key_size, self.pairs(call))
+        return choose_blocks(self.block_parts(), call, self, self.key_size)

@@ -72,6 +72,7 @@ class HyperAttention(SparsePrefill):
     seed: int = 0
 
     chunks: ClassVar[Chunks] = "none"
+    is_masked_softmax: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ Deviations:
    the same for all (the authors: 16 chunks).
 4. Of chunks read in an earlier turn, the queries are gone: u is the mean of V, as if all tokens were alike to them.
 5. A softcap takes part in attention, not in what stands for a chunk. Where the model's rotation cannot be inverted,
-   queries and keys are taken as they are.
+   queries and keys are taken as they are. Where values are of another size than keys, keys take their place in u.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from sparing.core.actions import turn
 from sparing.core.allocate_blocks import EqualRows
 from sparing.core.method import register
 from sparing.core.prefill import BlockParts, BlockScorer, Chunks, PromptCall, SparsePrefill
-from sparing.errors import MethodRefusedError
 from sparing.measures.blocks import pooled
 from sparing.measures.chunks import chunk_keys, mean_outputs
 
@@ -47,14 +46,10 @@ class ChunkKeys(BlockScorer):
 
     def score(self, call: PromptCall, size: int) -> Tensor:
         """See `BlockScorer.score`."""
-        if call.keys.shape[-1] != call.values.shape[-1]:
-            problem = "compares values with keys, which this model has of different sizes"
-            raise MethodRefusedError("longheads_prefill", problem, "use another method")
         plain = call.query.float()
         if call.rotary is not None:
-            plain = call.rotary.unrotate(plain[None], torch.arange(call.start, call.tokens, device=plain.device)[None])[
-                0
-            ]
+            positions = torch.arange(call.start, call.tokens, device=plain.device)
+            plain = call.rotary.unrotate(plain[None], positions[None])[0]
         chunks = represented(call, size)
         scores = pooled(plain, size, call.start) @ chunks.mT
         return F.pad(scores, (0, -(-call.tokens // size) - chunks.shape[1]))
@@ -64,12 +59,8 @@ def represented(call: PromptCall, size: int) -> Tensor:
     """(Hq, full chunks, D): what stands for every full chunk."""
     full = call.tokens // size
     first = min(-(-call.start // size), full)  # the first chunk whose queries are all there
-    keys, values = (x[:, : full * size].float() for x in (call.keys, call.values))
-    local = keys
-    if call.rotary is not None and full:
-        moves = -(torch.arange(full * size, device=keys.device) // size * size)
-        local = turn(keys[None], moves.expand(1, len(keys), -1), call.rotary)[0]
-    keys, values, local = (x.unflatten(1, (full, size))[:, None] for x in (keys, values, local))
+    said = call.values if call.values.shape[-1] == call.keys.shape[-1] else call.keys
+    keys, values = (x[:, : full * size].float().unflatten(1, (full, size))[:, None] for x in (call.keys, said))
     begin = first * size - call.start
     queries = call.query[:, begin : begin + (full - first) * size].float()
     queries = queries.unflatten(0, (len(keys), call.group)).unflatten(2, (full - first, size))
@@ -79,9 +70,20 @@ def represented(call: PromptCall, size: int) -> Tensor:
         some = slice(low, low + width)
         mine = queries[:, :, low - first :][:, :, :width]
         means.append(mean_outputs(mine, keys[:, :, some], values[:, :, some], call.softmax.scaling))
-    mean = torch.cat(means, dim=2).split(width, dim=2)
-    parts = [chunk_keys(u, k, call.softmax.scaling) for u, k in zip(mean, local.split(width, dim=2), strict=True)]
-    return torch.cat(parts, dim=2).flatten(0, 1)
+    # Turning a chunk's mean output to where its keys are, and back, is turning all of them to where it is.
+    mean = torch.cat(means, dim=2)
+    mean = _moved(mean, call, size) if said is call.values else mean
+    parts = zip(mean.split(width, dim=2), keys.split(width, dim=2), strict=True)
+    found = torch.cat([chunk_keys(u, k, call.softmax.scaling) for u, k in parts], dim=2)
+    return _moved(found, call, -size).flatten(0, 1)
+
+
+def _moved(x: Tensor, call: PromptCall, step: int) -> Tensor:
+    """(H, G, chunks, D) turned by `step` positions for every chunk before."""
+    if call.rotary is None or not x.shape[2]:
+        return x
+    moves = (torch.arange(x.shape[2], device=x.device) * step).expand(1, call.heads, -1)
+    return turn(x.flatten(0, 1)[None], moves, call.rotary)[0].view_as(x)
 
 
 @register(

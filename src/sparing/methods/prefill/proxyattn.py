@@ -146,7 +146,7 @@ class ProxyAttn(SparsePrefill):
         masses = block_sums(last_mean(call, call.tokens - last), self.block)
         ordered = masses.sort(dim=-1, descending=True).values
         by_head = ShareOfHead(ordered.cumsum(-1) - ordered, self.threshold, -(-self.least // self.block))
-        return choose_blocks(replace(self.block_parts(), allocator=by_head), call, self.block, self.pairs(call))
+        return choose_blocks(replace(self.block_parts(), allocator=by_head), call, self)
 
     @property
     def reads_all(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 import sparing
 from sparing.core import allocate
+from sparing.core.draft import Draft
 from sparing.core.method import Method
 from sparing.core.scorer import KeyValues, Queries, Scorer, Softmax
 from sparing.core.token_scores import TokenScores, guard_ends, select
@@ -95,7 +95,10 @@ def _rebuilt(method: Method) -> Any:
     # A measurement is too long to be written out: its repr names it, and only that very one answers to the name.
     named = {(scores.scorer, scores.digest): scores for scores in method.measurements}
     names["Scores"] = lambda scorer, digest: named[scorer, digest]
-    hidden = {field.name: getattr(method, field.name) for field in dataclasses.fields(method) if not field.repr}
+    # So is a draft model.
+    fields = (getattr(method, field.name) for field in dataclasses.fields(method))
+    drafts = {field.name: field for field in fields if isinstance(field, Draft)}
+    names["Draft"] = drafts.__getitem__
     parts = method.parts()
     for part in (
         method,
@@ -107,8 +110,6 @@ def _rebuilt(method: Method) -> Any:
     ):
         kind = part if isinstance(part, type) else type(part)
         names[kind.__name__] = kind
-    # What no text could stand for (a model) is left out of the repr, and given again.
-    names[type(method).__name__] = functools.partial(type(method), **hidden)
     return eval(repr(method), names)
 
 
