@@ -73,22 +73,27 @@ def _single(text: str, defaults: dict[str, Any], load_draft: Callable[[str], Any
     known = methods()
     if name not in known:
         raise UnknownNameError("method", name, known)
+    allocator = _allocator(tail, known[name].recipe) if plus else None
     given = defaults | words
     if known[name].needs + known[name].takes and "scores" in words:
         given["scores"] = load_scores(words["scores"])
     if known[name].needs_draft and "draft" in words and load_draft is not None:
         given["draft"] = load_draft(words["draft"])
     recipe: Method = build(known[name].recipe, given, name)
-    return _allocated(recipe, tail, name) if plus else recipe
+    return recipe if allocator is None else _allocated(recipe, allocator, name)
 
 
-def _allocated(recipe: Method, text: str, name: str) -> Method:
+def _allocator(text: str, recipe: type[Method]) -> Any:
+    """An allocator of what a recipe ranks."""
+    known: dict[str, Any] = BLOCK_ALLOCATORS if issubclass(recipe, SparsePrefill) else ALLOCATORS
+    name, given = parse_call(text, "method")
+    if name not in known:
+        raise UnknownNameError("allocator", name, known)
+    return build(known[name], given, name)
+
+
+def _allocated(recipe: Method, allocator: Any, name: str) -> Method:
     """The scorer of a recipe with another allocator."""
-    known: dict[str, Any] = BLOCK_ALLOCATORS if isinstance(recipe, SparsePrefill) else ALLOCATORS
-    allocator_name, given = parse_call(text, "method")
-    if allocator_name not in known:
-        raise UnknownNameError("allocator", allocator_name, known)
-    allocator = build(known[allocator_name], given, allocator_name)
     common: dict[str, Any] = {f.name: getattr(recipe, f.name) for f in fields(Method)} | {"prompt": recipe.shortening}
     if isinstance(recipe, SparsePrefill):
         parts = recipe.block_parts()
