@@ -67,14 +67,16 @@ def rows(given: argparse.Namespace, tasks: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (given.out / "results.jsonl").read_text("utf-8").splitlines()]
 
 
-def _measured(name: str, folder: Path) -> str:
+def _measured(text: str, folder: Path) -> str:
     """The method as text; one that needs measurements of the model gets them, made on synthetic data."""
-    if not methods()[re.split(r"[(+&]", name)[0]].needs:
-        return name
+    name = re.split(r"[(+&]", text)[0]
+    if not methods()[name].needs:
+        return text
     file = folder / f"{name}.safetensors"
     if not file.exists():
         _sparing("calibrate", "--model", "bundled", "--method", name, "--out", str(file))
-    return f"{name}(scores={file})"
+    head, bracket, rest = text.partition("(")
+    return f"{head}(scores={file}{',' if bracket else ')'}{rest}"
 
 
 def _sparing(*words: str) -> None:
@@ -116,7 +118,7 @@ def _markdown(section: Section, cost: Cost) -> str:
 
 def short(name: str) -> str:
     """A method without the file of its measurement."""
-    return re.sub(r"\(scores=[^,)]*\)", "", name)
+    return re.sub(r"scores=[^,)]*,?", "", name).replace("()", "")
 
 
 def _names(section: Section) -> list[str]:

@@ -16,6 +16,7 @@ from sparing.errors import UnsupportedModelError
 from sparing.kernels import compact
 from sparing.testing import CHECKS, TINY_MODELS, DeclaredRefusal, run_check, tiny_model
 from sparing.testing.contract import models_for
+from sparing.testing.measurements import identity, with_measurements
 from sparing.testing.prefill import ON_CALLS, ON_MODELS, SOME_MODELS
 
 METHODS = {name: info for name, info in methods().items() if info.family == "kv_cache"}
@@ -55,14 +56,14 @@ def test_method_keeps_promise(method, check, model):
 @pytest.mark.parametrize("check", ON_CALLS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_prefill_keeps_promise(name, check):
-    check(SPARSE[name].recipe)
+    check(with_measurements(SPARSE[name].recipe, identity("llama")))
 
 
 @pytest.mark.parametrize("model", SOME_MODELS)
 @pytest.mark.parametrize("check", ON_MODELS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_prefill_keeps_promise_on_models(name, check, model):
-    check(SPARSE[name].recipe, model)
+    check(with_measurements(SPARSE[name].recipe, identity(model)), model)
 
 
 CODED = {

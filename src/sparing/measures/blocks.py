@@ -31,10 +31,9 @@ def last_rows(call: PromptCall, count: int) -> Tensor:
 def diagonal_sums(rows: Tensor) -> Tensor:
     """(Hq, N): of the last rows (Hq, R, N) of a causal map, the sum over each diagonal; entry o is offset i - j = o."""
     heads, count, tokens = rows.shape
-    # Shifted so that equal offsets lie in one column: row r of the R ends at position N - R + r.
-    padded = F.pad(rows.flip(-1), (0, count))
-    shifted = padded.flatten(1)[:, : count * (tokens + count - 1)].reshape(heads, count, tokens + count - 1)
-    return shifted.sum(1)[:, count - 1 :]
+    padded, width = F.pad(rows, (count, 0)), tokens + count
+    # Every row begins one place later than that before it, so that equal offsets lie in one column.
+    return padded.as_strided((heads, count, tokens), (count * width, width + 1, 1), 1).sum(1).flip(-1)
 
 
 def pooled(states: Tensor, size: int, start: int = 0) -> Tensor:
