@@ -136,7 +136,7 @@ def test_it_can_be_switched_off_and_says_so():
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == "native decode kernel: off (SPARING_NATIVE=0)"
+    assert done.stdout.strip() == "native kernels: off (SPARING_NATIVE=0)"
     assert "on (" in native.status()
 
 

@@ -1,5 +1,5 @@
-"""Attention over ragged heads: storage, the torch path, and a slow reference.
+"""Attention: over ragged heads, and over the part of a prompt that a pattern says.
 
-`ragged.RaggedStore` holds keys and values, `attend.attend` is the path that runs. A native decode kernel belongs
-here too, chosen inside `attend.attend` by what the machine offers; `reference` is never imported by fast code.
+`ragged.RaggedStore` and `compact.CompactStore` hold keys and values, `attend.attend` attends over them; `sparse` reads
+prompts. Both choose the native kernels (`native`) where they are built; `reference` is never imported by fast code.
 """

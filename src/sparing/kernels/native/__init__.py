@@ -65,11 +65,11 @@ def status() -> str:
     """One line: which kernel decodes, and why."""
     library = _library()
     if library is not None:
-        return f"native decode kernel: on ({INSTRUCTION_SETS[library.sparing_best_isa()]})"
+        return f"native kernels: on ({INSTRUCTION_SETS[library.sparing_best_isa()]})"
     if os.environ.get("SPARING_NATIVE") == "0":
-        return "native decode kernel: off (SPARING_NATIVE=0)"
+        return "native kernels: off (SPARING_NATIVE=0)"
     fix = "python -m sparing.kernels.native.build"
-    return f"native decode kernel: off, torch decodes (no C++ compiler when installed; with one, run `{fix}`)"
+    return f"native kernels: off, torch computes (no C++ compiler when installed; with one, run `{fix}`)"
 
 
 def is_built() -> bool:
