@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -43,7 +44,7 @@ from sparing.core.pattern import Pattern
 from sparing.core.prefill import PromptCall, SparsePrefill
 from sparing.core.scorer import Softmax
 from sparing.kernels import native
-from sparing.kernels.sparse import flexible, gather, native_prefill
+from sparing.kernels.sparse import dispatch, flexible, gather, native_prefill
 
 HEADS, DIM, BLOCK = 8, 64, 128
 SPARSITIES = (0.0, 0.5, 0.75, 0.9)
@@ -69,22 +70,29 @@ def random_pattern(tokens: int, sparsity: float) -> Pattern:
     return Pattern(tokens, 0, BLOCK, on)
 
 
-def kernels(lengths: list[int], dtypes: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Speed over dense attention of every path, by CPU time."""
+def kernels(lengths: list[int], dtypes: list[str], rounds: int, device: str) -> list[dict[str, Any]]:
+    """Speed over dense attention of every path: by CPU time, on other devices by the wall."""
     rows = []
     for name in dtypes:
         for tokens in lengths:
-            given = [torch.randn(HEADS, tokens, DIM).to(DTYPES[name]) for _ in range(3)]
+            given = [torch.randn(HEADS, tokens, DIM).to(device, DTYPES[name]) for _ in range(3)]
             for sparsity in SPARSITIES:
                 rows.append({"dtype": name, "tokens": tokens, "sparsity": sparsity, **_paths(given, sparsity, rounds)})
                 print(rows[-1], flush=True)
     return rows
 
 
+def _finish(work: Callable[[], Any], device: str) -> None:
+    work()
+    dispatch.wait(device)
+
+
 @torch.no_grad()
 def _paths(given: list[torch.Tensor], sparsity: float, rounds: int) -> dict[str, Any]:
-    pattern, softmax = random_pattern(given[0].shape[1], sparsity), Softmax(DIM**-0.5)
     query, keys, values = given
+    pattern, softmax, device = random_pattern(query.shape[1], sparsity), Softmax(DIM**-0.5), str(query.device)
+    pattern = replace(pattern, blocks=pattern.blocks.to(device))
+    clock = "cpu" if device == "cpu" else "wall"
     works: dict[str, Callable[[], Any]] = {
         "dense": lambda: F.scaled_dot_product_attention(query[None], keys[None], values[None], is_causal=True),
         "gathered": lambda: gather.attend_gathered(query, keys, values, pattern, softmax),
@@ -96,12 +104,13 @@ def _paths(given: list[torch.Tensor], sparsity: float, rounds: int) -> dict[str,
     times: dict[str, list[Time]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
-            time = timed(work)
+            dispatch.wait(device)
+            took = timed(partial(_finish, work, device))
             if number:
-                times[name].append(time)
+                times[name].append(took)
     density = float(pattern.density().mean())
-    speeds = {name: 1 / median_ratio(found, times["dense"]) for name, found in times.items() if name != "dense"}
-    dense_ms = min(time.cpu for time in times["dense"]) * 1000
+    speeds = {name: 1 / median_ratio(found, times["dense"], clock) for name, found in times.items() if name != "dense"}
+    dense_ms = min(getattr(took, clock) for took in times["dense"]) * 1000
     return {"density": density, "dense_ms": dense_ms, **speeds}
 
 
@@ -280,6 +289,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--auto-methods", default="block_top_k,xattention,vertical_slash")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--device", default="cpu", help="of the kernels; with cuda give no --lengths and --auto-lengths"
+    )
     parser.add_argument("--name", default="sparse_prefill")
     return parser.parse_args()
 
@@ -293,7 +305,7 @@ def main() -> None:
     result = {
         "hardware": hardware(), "versions": versions("sparing", "torch", "transformers"), "command": command(),
         "seed": 0, "date": str(date.today()), "size": args.size, "dtype": args.dtype, "rounds": args.rounds,
-        "kernels": kernels(args.kernel_lengths, list(DTYPES), args.rounds),
+        "kernels": kernels(args.kernel_lengths, list(DTYPES), args.rounds, args.device),
         "inside": inside(model, args.lengths, names, args.keep, args.rounds),
         "auto": dispatched(model, args.auto_lengths, split_methods(args.auto_methods), [0.5, 0.25], args.rounds),
     }  # fmt: skip
