@@ -265,13 +265,15 @@ def markdown(result: dict[str, Any]) -> str:
         for r in result["inside"]
     ]  # fmt: skip
     auto_rows = [[str(r["tokens"]), r["method"], f"{r['density']:.3f}", f"{r['ratio']:.3f}"] for r in result["auto"]]
-    parts = [
-        "\n".join([header_text("Sparse prefill", result), *(f"- {line}" for line in about)]),
-        "## Kernels\n\n" + table(["dtype", "tokens", "sparsity", "density", "dense ms", *paths, "ideal"], kernel_rows),
-        "## Inside a model\n\n"
-        + table(["tokens", "method", "density", "attention ×", "forward ×", "choosing", "forward s"], model_rows),
-        '## dispatch="auto"\n\n' + table(["tokens", "method", "density", "time / dense forward"], auto_rows),
-    ]
+    tables = {
+        "Kernels": (["dtype", "tokens", "sparsity", "density", "dense ms", *paths, "ideal"], kernel_rows),
+        "Inside a model": (
+            ["tokens", "method", "density", "attention ×", "forward ×", "choosing", "forward s"], model_rows,
+        ),
+        'dispatch="auto"': (["tokens", "method", "density", "time / dense forward"], auto_rows),
+    }  # fmt: skip
+    parts = ["\n".join([header_text("Sparse prefill", result), *(f"- {line}" for line in about)])]
+    parts += [f"## {name}\n\n{table(head, rows)}" for name, (head, rows) in tables.items() if rows]
     return "\n\n".join(parts)
 
 

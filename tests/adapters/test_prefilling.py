@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from sparing import BlockTopK, SnapKV, StreamingLLM, use
+from sparing import BlockTopK, HyperAttention, SnapKV, SpAtten, StreamingLLM, VerticalSlash, use
 from sparing.core.pattern import Pattern
 from sparing.core.prefill import PromptCall, SparsePrefill
 from sparing.errors import CacheStateError, InvalidInputError, MethodRefusedError, UnsupportedModelError
@@ -155,3 +155,63 @@ def test_short_prompts_are_read_densely_where_that_is_faster():
     assert report.dense_calls == len(run.cache.evicting)
     for mine, theirs in zip(run.logits, run_untouched(model, prompt), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        BlockTopK(0.4, block=SIZE, dispatch="always"),
+        VerticalSlash(0.4, block=SIZE, dispatch="always"),
+        HyperAttention(0.4, block=SIZE, dispatch="always"),
+        SpAtten(0.4),
+    ],
+    ids=lambda method: method.label,
+)
+def test_gradients_are_those_of_what_is_computed(method):
+    """Against differences of the loss, in float64 on a model that falls back to nothing less."""
+    model, ids = tiny_model("gpt2", torch.float64), random_prompt(100).ids
+    weight = model.transformer.h[0].attn.c_attn.weight
+    step = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(1)) * 1e-7
+
+    def loss():
+        with use(model, method):
+            return model(ids).logits.pow(2).mean()
+
+    model.zero_grad()
+    loss().backward()
+    found = float((weight.grad * step).sum())
+    with torch.no_grad():
+        weight.add_(step)
+        above = loss()
+        weight.sub_(2 * step)
+        below = loss()
+        weight.add_(step)
+    torch.testing.assert_close(found, float(above - below) / 2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("wrong", ["xattention", SnapKV()], ids=["a name", "a KV method"])
+def test_what_does_not_read_prompts_is_refused(wrong):
+    """Otherwise a KV method in this place would be left out without a word."""
+    with pytest.raises(InvalidInputError, match="prefill: got"):
+        SnapKV(prefill=wrong)
+
+
+@pytest.mark.parametrize("block", [16.0, "16", 17, 0])
+def test_blocks_that_are_none_are_refused(block):
+    with pytest.raises(InvalidInputError, match="a multiple of 16"):
+        BlockTopK(block=block)
+
+
+def test_what_is_read_after_a_crop_into_the_prompt_is_dense():
+    """It was not announced; a method that reads whole prompts only must not refuse it as a chunk."""
+    model, prompt = tiny_model("llama"), random_prompt(70)
+    whole = replace(VerticalSlash(0.4, block=SIZE), dispatch="always")
+    with torch.no_grad(), use(model, whole) as session:
+        cache = session.new_cache()
+        cache.expect_prompt(70)
+        model(prompt.ids, past_key_values=cache)
+        before = cache.report().prefill.density
+        cache.crop(50)
+        model(prompt.ids[:, 50:60], past_key_values=cache)
+    assert cache.get_seq_length() == 60
+    assert cache.report().prefill.density == before

@@ -106,3 +106,12 @@ def test_the_list_says_what_a_method_needs():
     listed = {entry["name"]: entry for entry in json.loads(run("methods", "--json").output)}
     assert listed["compresskv"]["needs"] == ["semantic_retrieval", "layer_error"]
     assert listed["snapkv"]["needs"] == []
+
+
+def test_the_list_of_methods_says_what_they_need_and_what_goes_with_them():
+    listed = {entry["name"]: entry for entry in json.loads(run("methods", "--json").output)}
+    assert listed["specpc"]["needs_draft"]
+    assert not listed["xattention"]["needs_draft"]
+    text = " ".join(run("methods").output.split())
+    assert "drop stored tokens, with another allocator: name+uniform" in text
+    assert "score blocks of a prompt, likewise: name+rows, name+layer, name+top_mass" in text

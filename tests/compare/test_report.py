@@ -244,3 +244,15 @@ def test_of_many_methods_only_the_best_are_drawn_at_first() -> None:
     assert len(boxes) == 2 * len(MANY_METHODS)
     assert sum("checked" in box for box in boxes) == 2 * 6
     assert "The best 6 of 15 are drawn" in page.text
+
+
+@pytest.mark.parametrize(
+    ("computes_less", "start"),
+    [
+        ([False, False], "At 25 % of the cache"),
+        ([True, True], "At 25 % of the prompt's attention"),
+        ([True, False], "At 25 % of the cache or of the prompt's attention"),
+    ],
+)
+def test_a_budget_is_named_by_what_it_is_a_share_of(computes_less, start):
+    assert words.keep_words(0.25, "25 %", computes_less) == start

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from sparing import BlockTopK
+from sparing import BlockTopK, SpecPC
 from sparing.kernels.sparse import dispatch
 from sparing.kernels.sparse.dispatch import Rates, is_worth, note, rates
+from sparing.testing import tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +60,10 @@ def test_rates_are_measured():
     measured = rates.__wrapped__(shape) if hasattr(rates, "__wrapped__") else rates(shape)
     assert measured.dense > 0
     assert measured.sparse > 0
+
+
+def test_what_was_learned_keeps_no_draft_model_alive():
+    method = BlockTopK(keep=0.1, prompt=SpecPC(draft=tiny_model("llama")))
+    note(method, *call(1000), 1.0)
+    assert [known.prompt for known, *_ in dispatch._paid] == [None]
+    assert is_worth(method, *call(1000))

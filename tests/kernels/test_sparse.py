@@ -93,3 +93,20 @@ def test_a_masked_part():
     got = attend_part(query, keys, values, Softmax(0.3), mask=mask)
     assert float((got.out - logits.softmax(-1) @ values.double()).abs().max()) < 50 * EPS
     assert float((got.lse - logits.logsumexp(-1)).abs().max()) < 50 * EPS
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "keys", "values"])
+def test_each_gradient_alone_is_that_of_masked_attention(which):
+    """What is gathered for one problem must not be overwritten by the next; the log-sum-exps have gradients too."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 200, 16, generator=generator) for _ in range(3)]
+    states[which].requires_grad_()
+    on = torch.rand(2, 13, 13, generator=generator) < 0.3
+    read = Pattern(200, 0, 16, on, columns=torch.rand(2, 1, 200, generator=generator) < 0.1)
+    weights = torch.randn(2, 200, 16, generator=generator)
+    mask = torch.stack([read.may_read(head, torch.arange(200)) for head in range(2)])
+    query, keys, values = states
+    wanted = (query @ keys.mT * 0.25).masked_fill(~mask, -torch.inf).softmax(-1) @ values
+    found = gather.attend_gathered(query, keys, values, read, Softmax(0.25)).out
+    mine, theirs = (torch.autograd.grad((out * weights).sum(), states[which])[0] for out in (found, wanted))
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)

@@ -124,6 +124,8 @@ class EvictingCache(Cache):
     def after_crop(self, seen: int) -> None:
         """Tokens were removed: observations of them must not be used."""
         self.tape.cut(seen)
+        if self.prefilling is not None and self.prefilling.turn is not None and seen < self.prefilling.turn[1]:
+            self.prefilling.turn = None  # what is read in its place was not announced
         if self.replaying is not None:
             return
         if self.is_reading and self.prompt_length is None:

@@ -33,7 +33,8 @@ class PrefillReport:
     Attributes:
         method: the method's name.
         densities: [layer] → (Hq,) float64, the share of its (query, key) pairs that each head has computed, over all
-            rows and calls so far; by the layers' numbers in the cache. Calls that were read densely count as 1.
+            rows and calls so far; by the layers' numbers in the cache. Calls that were read densely because that was
+            faster count as 1; later turns over a cache that has dropped tokens, which are always, do not count.
         dense_calls: (layer, call)s that dense attention was faster for.
         zeros: of the numbers that stand for keys, how many are zero, and how many there are; (0, 0) without them.
     """

@@ -12,14 +12,18 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def methods(as_json: bool) -> None:
     """List the methods that compress."""
+    from sparing.core.allocate import ALLOCATORS
+    from sparing.core.allocate_blocks import BLOCK_ALLOCATORS
     from sparing.core.method import methods as registered
     from sparing.kernels import native
 
     columns = ("name", "family", "unit", "moment", "paper", "summary")
-    _show(registered().values(), columns, ("training_free", "needs"), as_json)
+    _show(registered().values(), columns, ("training_free", "needs", "takes", "needs_draft"), as_json)
     if not as_json:
-        click.echo("\nAny of them with another allocator: name+uniform, name+pyramid, name+adaptive, name+global.")
-        click.echo("Any of them with stored tokens as codes of 8 or 4 bits: name(bits=8), name(bits=4).")
+        click.echo("\nThose that drop stored tokens, with another allocator: name+" + ", name+".join(ALLOCATORS) + ".")
+        click.echo("Those that score blocks of a prompt, likewise: name+" + ", name+".join(BLOCK_ALLOCATORS) + ".")
+        click.echo("Those of the KV cache, with stored tokens as codes of 8 or 4 bits: name(bits=8), name(bits=4).")
+        click.echo('One that reads prompts sparsely with one of the KV cache: "name & name".')
         click.echo(native.status())
 
 

@@ -165,6 +165,8 @@ class Method:
         require(self.min_prompt >= 0, "min_prompt", self.min_prompt, "a number of tokens >= 0")
         is_known = self.bits is None or (type(self.bits) is int and self.bits in (16, 8, 4))
         require(is_known, "bits", self.bits, "8 or 4; None or 16 for what the model has")
+        reads = self.prefill is None or hasattr(self.prefill, "reads_all")
+        require(reads, "prefill", self.prefill, "a method that reads prompts sparsely, e.g. sparing.XAttention(0.25)")
         drops = self.prompt is None or hasattr(self.prompt, "choose")
         require(drops, "prompt", self.prompt, "a method that drops prompt tokens, e.g. sparing.SpecPC(draft=small)")
         parts = self.parts()

@@ -100,5 +100,6 @@ def _allocated(recipe: Method, allocator: Any, name: str) -> Method:
         common |= {"first": parts.first, "recent": parts.recent, "block": recipe.block, "dispatch": recipe.dispatch}
         return BlockSparse(scorer=parts.scorer, allocator=allocator, **common)
     if not recipe.parts().frees or isinstance(recipe, Cascade | PromptDropper):
-        raise MethodRefusedError(name, "drops nothing, so it has no scores to spread a budget by", f"use {name} alone")
+        problem = "drops nothing that is stored, so it has no scores to spread a budget by"
+        raise MethodRefusedError(name, problem, f"use {name} alone")
     return Evict(scorer=recipe.parts().scorer, allocator=allocator, **common)

@@ -165,7 +165,8 @@ class SparsePrefill(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.block >= 16 and self.block % 16 == 0, "block", self.block, "a multiple of 16")
+        is_whole = type(self.block) is int and self.block >= 16 and self.block % 16 == 0
+        require(is_whole, "block", self.block, "a multiple of 16")
         require(self.dispatch in ("auto", "always"), "dispatch", self.dispatch, '"auto" or "always"')
         if self.budget.kind == "bytes":
             problem = "frees no bytes: it computes less"

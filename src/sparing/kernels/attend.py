@@ -1,10 +1,18 @@
-"""Attention of new queries over a ragged store: the native kernel for one new token where it was built, else torch.
+"""Attention of new queries over a ragged store: a kernel for one new token where there is one, else torch.
+
+The kernels are the native one on the CPU, where it was built, and on a GPU with triton one for uneven lanes
+(`triton_decode`; SPARING_TRITON=0 switches it off).
 
 In torch it is one call for even lanes, one per lane otherwise. Queries of a KV head's group are packed as rows of one
 matrix, so keys are read once per group and never repeated. Nothing is padded and nothing is copied.
 """
 
 from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -13,9 +21,12 @@ from torch.nn import functional as F
 from sparing.core.scorer import Softmax
 from sparing.kernels import native
 from sparing.kernels.compact import CompactStore, Store
+from sparing.kernels.ragged import RaggedStore
 
 # Rows of queries per call: bounds the causal mask to (ROWS, n) however long a later turn is.
 ROWS = 256
+# Devices of the Triton kernel.
+GPUS = ("cuda",)
 
 
 def attend(query: Tensor, store: Store, softmax: Softmax) -> Tensor:
@@ -70,8 +81,9 @@ def _attend_tile(query: Tensor, store: Store, softmax: Softmax, after: int) -> T
         return _attend_explicit(grouped, store, softmax, count, after).view(batch, query_heads, count, -1)
     if isinstance(store, CompactStore):
         return _attend_compact(grouped, store, softmax, count, after).view(batch, query_heads, count, -1)
-    if count == 1 and not query.requires_grad and native.can_decode(query, store.keys, store.values, groups):
-        out, _ = native.ragged_decode(
+    decode = None if count > 1 or query.requires_grad else _decoder(query, store, groups)
+    if decode is not None:
+        out, _ = decode(
             grouped.flatten(0, 1), store.keys, store.values, store.starts, store.lengths, softmax.scaling, store.bias
         )
         return out.view(batch, query_heads, 1, -1)
@@ -94,6 +106,24 @@ def _attend_tile(query: Tensor, store: Store, softmax: Softmax, after: int) -> T
         part = (keys.narrow(2, start, seen), values.narrow(2, start, seen))
         lanes.append(F.scaled_dot_product_attention(queries, *part, attn_mask=mask, scale=softmax.scaling))
     return torch.cat(lanes).view(batch, query_heads, count, -1)
+
+
+def _decoder(query: Tensor, store: RaggedStore, group: int) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel that attends one new token over these tensors, if there is one."""
+    if native.can_decode(query, store.keys, store.values, group):
+        return native.ragged_decode
+    is_even = store.even is not None and store.bias is None  # one call of torch's
+    if query.device.type in GPUS and not is_even and _has_triton():
+        from sparing.kernels import triton_decode  # needs triton
+
+        if triton_decode.can_decode(query, store.keys, store.values, group):
+            return triton_decode.ragged_decode
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return os.environ.get("SPARING_TRITON") != "0" and find_spec("triton") is not None
 
 
 def _mask(bias: Tensor | None, causal: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -28,6 +28,6 @@ def attend_biased(query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax,
             logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
         logits = logits + bias
         lse = logits.logsumexp(-1)
-        outs.append((logits.sub_(lse[..., None]).exp_() @ values).to(query.dtype))
+        outs.append(((logits - lse[..., None]).exp_() @ values).to(query.dtype))
         sums.append(lse)
     return Partial(torch.cat(outs, dim=-2), torch.cat(sums, dim=-1))

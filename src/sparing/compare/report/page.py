@@ -76,7 +76,9 @@ def _header(run: Json, sections: Sequence[Section]) -> str:
     ]  # fmt: skip
     model = escape(str(run.get("model") or (sections[0].model if sections else "")))
     description = escape(str(run.get("model_description") or ""))
-    where = f"<h1>What {model or 'the model'} loses when its KV cache shrinks</h1>"
+    computes_less = any("density" in section.parts for section in sections)
+    change = "it keeps or computes less" if computes_less else "its KV cache shrinks"
+    where = f"<h1>What {model or 'the model'} loses when {change}</h1>"
     about = escape(", ".join(part for part in counts if part)) + "." + (f" {description}." if description else "")
     return f'<header><p class="brand">sparing compare</p>{where}<p class="lede">{about}</p></header>'
 

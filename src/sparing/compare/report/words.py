@@ -54,11 +54,20 @@ def milliseconds(seconds: float | None) -> str:
     return NO_VALUE if seconds is None else f"{seconds * 1000:.1f}"
 
 
-def keep_words(keep: Any, label: str) -> str:
-    """How a sentence begins: "At 25 % of the cache", "At 512 tokens", "At 64MiB"."""
+def keep_words(keep: Any, label: str, computes_less: Sequence[bool] = ()) -> str:
+    """How a sentence begins: "At 25 % of the cache", "At 512 tokens", "At 64MiB".
+
+    Args:
+        computes_less: of every method, True if it keeps the whole cache and computes less of the prompt's attention.
+    """
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         return f"At {label}"
-    return f"At {percent(keep)} of the cache" if isinstance(keep, float) else f"At {keep} tokens"
+    if isinstance(keep, int):
+        return f"At {keep} tokens"
+    if not any(computes_less):
+        return f"At {percent(keep)} of the cache"
+    whole = "the prompt's attention" if all(computes_less) else "the cache or of the prompt's attention"
+    return f"At {percent(keep)} of {whole}"
 
 
 def names(items: Sequence[str]) -> str:
@@ -70,7 +79,7 @@ def names(items: Sequence[str]) -> str:
 
 def recommend(section: Section, budget: Budget) -> str:
     """What the rows say about one budget, and what they can't tell."""
-    start = keep_words(budget.keep, budget.label)
+    start = keep_words(budget.keep, budget.label, [_only_computes_less(entry) for entry in budget.entries])
     ranked = [entry for entry in budget.entries if entry.average is not None]
     if not section.counted:
         return f"{start}: nothing can be said, because no task passed the gate (see the notes)."

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ class Rates:
     sparse: float
 
 
-_paid: dict[tuple[SparsePrefill, Shape, int], float] = {}
+Key = tuple[SparsePrefill, Shape, int]
+_paid: dict[Key, float] = {}
 """(method, shape, length's power of two) → the best ratio so far of a call's time to that of dense attention."""
 
 
@@ -58,7 +59,7 @@ def is_worth(method: SparsePrefill, query: Tensor, keys: Tensor, values: Tensor)
     shape, tokens = _shape(method, query, keys, values), keys.shape[-2]
     if tokens <= 2 * method.block:  # all blocks are on
         return False
-    known = _paid.get((method, shape, tokens.bit_length()))
+    known = _paid.get(_key(method, shape, tokens))
     if known is not None:
         return known < 1.0
     measured = rates(shape)
@@ -71,7 +72,7 @@ def note(method: SparsePrefill, query: Tensor, keys: Tensor, values: Tensor, sec
     """Learn how long a call of (Hq, Q, D) queries took that was read sparsely."""
     shape, tokens, count = _shape(method, query, keys, values), keys.shape[-2], query.shape[-2]
     pairs = query.shape[-3] * (count * (tokens - count) + count * (count + 1) // 2)
-    key = method, shape, tokens.bit_length()
+    key = _key(method, shape, tokens)
     _paid[key] = min(_paid.get(key, float("inf")), seconds / (pairs * rates(shape).dense))
 
 
@@ -122,6 +123,11 @@ def wait(device: str) -> None:
     """Until what was asked of a device is done."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def _key(method: SparsePrefill, shape: Shape, tokens: int) -> Key:
+    """Without what shortens the prompt: its draft model must not stay alive in here."""
+    return replace(method, prompt=None), shape, tokens.bit_length()
 
 
 def _shape(method: SparsePrefill, query: Tensor, keys: Tensor, values: Tensor) -> Shape:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sparing.core.pattern import Partial, Pattern, merged
 from sparing.core.scorer import Softmax
-from sparing.kernels.sparse.partial import attend_part
+from sparing.kernels.sparse.partial import attend_part, needs_gradients
 
 # Keys that are gathered at a time, unless a single problem has more.
 GATHERED = 8192
@@ -68,6 +68,7 @@ class _Problems:
         most = max(GATHERED // size, int(self.counts.max()) + 1)
         # Used again and again: memory that was never touched is slow to write.
         self.rooms = [x.new_empty(most, *x.shape[1:]) for x in self.grids]
+        self.keeps_graph = needs_gradients(self.states, *self.grids)  # then nothing may be overwritten
         self.columns = _Columns(pattern) if pattern.columns is not None else None
 
     def solve(self, some: Tensor, count: int) -> Partial:
@@ -97,20 +98,23 @@ class _Problems:
         has = valid.any(-1).nonzero()[:, 0]
         if not len(has):
             return total
+        out, lse = total.out.clone(), total.lse.clone()  # gradients need what was there
         for part in has.split(max(GATHERED // max(slots.shape[1], 1), 1)):
             at = (slots[part] + self.first[some[part], None] * self.pattern.size).flatten()
             keys, values = (x.flatten(0, 1).index_select(0, at).view(len(part), -1, x.shape[-1]) for x in self.grids)
             read = attend_part(states[part], keys, values, self.softmax, mask=valid[part, None])
-            both = merged(Partial(total.out[part], total.lse[part]), read)
-            total.out[part], total.lse[part] = both.out, both.lse
-        return total
+            both = merged(Partial(out[part], lse[part]), read)
+            out[part], lse[part] = both.out, both.lse
+        return Partial(out, lse)
 
     def _gather(self, which: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (problems, blocks * S, D) of the blocks of each problem; valid until the next call."""
-        number = which.numel()
+        rooms: list[Tensor | None] = [room[: which.numel()] for room in self.rooms]
+        if self.keeps_graph:
+            rooms = [None, None]
         keys, values = (
-            torch.index_select(x, 0, which.flatten(), out=room[:number]).view(len(which), -1, x.shape[-1])
-            for x, room in zip(self.grids, self.rooms, strict=True)
+            torch.index_select(x, 0, which.flatten(), out=room).view(len(which), -1, x.shape[-1])
+            for x, room in zip(self.grids, rooms, strict=True)
         )
         return keys, values
 

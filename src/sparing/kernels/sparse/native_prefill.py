@@ -12,6 +12,7 @@ from sparing.core.pattern import Partial, Pattern
 from sparing.core.scorer import Softmax
 from sparing.errors import require
 from sparing.kernels import native
+from sparing.kernels.sparse.partial import needs_gradients
 
 _TYPES = (torch.float32, torch.bfloat16)
 # Head dimensions and block sizes are whole registers of the widest instruction set.
@@ -26,7 +27,7 @@ def offers(query: Tensor, keys: Tensor, values: Tensor, pattern: Pattern) -> boo
         and all(x.device.type == "cpu" and x.dtype == query.dtype for x in tensors)
         and pattern.blocks.device.type == "cpu"
         and query.dtype in _TYPES
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and not needs_gradients(*tensors)
         and all(dim % _REGISTER == 0 and 0 < dim <= _LARGEST_DIM for dim in (query.shape[-1], values.shape[-1]))
         and pattern.size % _REGISTER == 0
         and _SIZES[0] <= pattern.size <= _SIZES[1]

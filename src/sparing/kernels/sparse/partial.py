@@ -26,7 +26,7 @@ def attend_part(
     """
     exact = query.dtype in (torch.float32, torch.bfloat16, torch.float16)
     fast = query.device.type == "cpu" and exact and softmax.softcap is None and query.shape[-1] == values.shape[-1]
-    if fast and not query.requires_grad:
+    if fast and not needs_gradients(query, keys, values):  # of the log-sum-exp it would have none
         bias = None
         if mask is not None:
             bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, -torch.inf)[:, None]
@@ -35,6 +35,11 @@ def attend_part(
         )
         return Partial(out[:, 0], lse[:, 0].float())
     return _plain(query, keys, values, softmax, is_causal, mask)
+
+
+def needs_gradients(*tensors: Tensor) -> bool:
+    """True if what is computed from these is to be differentiated."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _plain(
