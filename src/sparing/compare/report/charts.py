@@ -55,7 +55,7 @@ class Frame:
     most: float
 
     def x(self, share: float) -> float:
-        """Pixels from the left, for a share of the bytes (logarithmic)."""
+        """Pixels from the left, for a share of the bytes or of the attention (logarithmic)."""
         span = math.log(1 / self.least)
         place = math.log(max(share, self.least) / self.least) / span
         return self.left + place * (self.width - self.left - self.right)
@@ -96,7 +96,7 @@ def overview(section: Section, order: Sequence[str], kind: str) -> str:
             if estimate is None or entry.share is None:
                 continue
             task = f" on {entry.worst[0].label}" if kind == "worst" and entry.worst else ""
-            points.append((entry.share, estimate, _spoken(entry, estimate, entry.share, task)))
+            points.append((_spent(entry, entry.share), estimate, _spoken(entry, estimate, entry.share, task)))
         curves.append(Curve(order.index(name), name, sorted(points, key=lambda point: point[0])))
     full = section.full
     line = None
@@ -104,8 +104,8 @@ def overview(section: Section, order: Sequence[str], kind: str) -> str:
         line = full.average.score if kind == "average" else full.worst[1].estimate.score
     most = 1.0 if any(cell.metric != PERPLEXITY for cell in section.counted) else _ceiling(curves, line)
     name = "Average" if kind == "average" else "Worst task"
-    title = f"{name}: score against share of bytes kept, {section.mode}"
-    return _chart(title, curves, line, most, _least_share(section), large=True)
+    title = f"{name}: score against {words.spent(section)}, {section.mode}"
+    return _chart(title, curves, line, most, section, large=True)
 
 
 def task_chart(section: Section, cell: Cell, order: Sequence[str]) -> str:
@@ -117,11 +117,11 @@ def task_chart(section: Section, cell: Cell, order: Sequence[str]) -> str:
             point = entry.points.get(cell)
             if point is not None and point.share is not None:
                 spoken = _spoken(entry, point.estimate, point.share, "")
-                points.append((point.share, point.estimate, spoken))
+                points.append((_spent(entry, point.share), point.estimate, spoken))
         curves.append(Curve(order.index(name), name, sorted(points, key=lambda point: point[0])))
     most = _ceiling(curves, cell.full) if cell.metric == PERPLEXITY else 1.0
-    title = f"{cell.label}: {cell.metric} against share of bytes kept, {section.mode}"
-    return _chart(title, curves, cell.full, most, _least_share(section), noise=words.is_excluded(cell))
+    title = f"{cell.label}: {cell.metric} against {words.spent(section)}, {section.mode}"
+    return _chart(title, curves, cell.full, most, section, noise=words.is_excluded(cell))
 
 
 def interval_bar(average: Estimate, worst: float, index: int) -> str:
@@ -138,7 +138,13 @@ def interval_bar(average: Estimate, worst: float, index: int) -> str:
 
 
 def _spoken(entry: Entry, estimate: Estimate, share: float, task: str) -> str:
-    return f"{entry.method}, keep {entry.label}: {_exact(estimate)}{task}; {words.percent(share)} of the bytes"
+    what = "of the prompt's attention" if words.only_computes_less(entry) else "of the bytes"
+    return f"{entry.method}, keep {entry.label}: {_exact(estimate)}{task}; {words.percent(_spent(entry, share))} {what}"
+
+
+def _spent(entry: Entry, share: float) -> float:
+    """What a method saves on: bytes, or where it frees none, a prompt's attention."""
+    return entry.density if words.only_computes_less(entry) and entry.density is not None else share
 
 
 def _exact(estimate: Estimate) -> str:
@@ -146,9 +152,9 @@ def _exact(estimate: Estimate) -> str:
     return f"{estimate.score:.{digits}f} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
 
 
-def _least_share(section: Section) -> float:
+def _least_spent(section: Section) -> float:
     """Where the horizontal axis begins: below the smallest share of any point in the section."""
-    shares = [point.share for entry in section.entries for point in entry.points.values() if point.share]
+    shares = [_spent(entry, point.share) for entry in section.entries for point in entry.points.values() if point.share]
     return max(0.002, min([0.5, *shares]) * 0.8)
 
 
@@ -165,7 +171,7 @@ def _chart(
     curves: Sequence[Curve],
     full: float | None,
     most: float,
-    least: float,
+    section: Section,
     *,
     large: bool = False,
     noise: bool = False,
@@ -175,13 +181,13 @@ def _chart(
     labels = large and 0 < len(curves) <= DIRECT_LABELS and longest <= LONGEST_LABEL
     room = 6.4 * longest + 14 if labels else 12.0
     width, height = (430.0, 290.0) if large else (330.0, 216.0)
-    frame = Frame(width, height, 38 + room, 16, 18, 40, least, most)
+    frame = Frame(width, height, 38 + room, 16, 18, 40, _least_spent(section), most)
     shift = _shifts(len(curves), 40 if large else 24)
     parts = [
         f'<svg class="chart{" large" if large else ""}{" noise" if noise else ""}" role="group" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" '
         f'aria-label="{escape(title)}">',
-        _axes(frame),
+        _axes(frame, words.spent(section)),
         _full_line(frame, full),
     ]
     first = True
@@ -207,7 +213,7 @@ def _shifts(count: int, room: float) -> list[float]:
     return [(number - (count - 1) / 2) * step for number in range(count)]
 
 
-def _axes(frame: Frame) -> str:
+def _axes(frame: Frame, name: str) -> str:
     right, base = frame.width - frame.right, frame.height - frame.bottom
     parts = []
     for part in range(5):
@@ -225,7 +231,7 @@ def _axes(frame: Frame) -> str:
                 f'<text class="tx" x="{x:.1f}" y="{base + 16:.1f}">{words.percent(share)}</text>'
             )
     middle = (38 + right) / 2
-    parts.append(f'<text class="name" x="{middle:.1f}" y="{frame.height - 6:.1f}">share of cache bytes kept</text>')
+    parts.append(f'<text class="name" x="{middle:.1f}" y="{frame.height - 6:.1f}">{name}</text>')
     return "".join(parts)
 
 

@@ -108,7 +108,7 @@ def _section(section: Section, name: str, number: int, order: Sequence[str], map
     ]
     if section.budgets:
         parts += [
-            '<h2>Score against memory</h2>',
+            '<h2>Score against what is spent</h2>',
             _legend(section, order),
             _overviews(section, order),
             '<h3 class="sub">Task by task</h3>' if len(section.counted) != 1 else "",

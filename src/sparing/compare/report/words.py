@@ -79,7 +79,7 @@ def names(items: Sequence[str]) -> str:
 
 def recommend(section: Section, budget: Budget) -> str:
     """What the rows say about one budget, and what they can't tell."""
-    start = keep_words(budget.keep, budget.label, [_only_computes_less(entry) for entry in budget.entries])
+    start = keep_words(budget.keep, budget.label, [only_computes_less(entry) for entry in budget.entries])
     ranked = [entry for entry in budget.entries if entry.average is not None]
     if not section.counted:
         return f"{start}: nothing can be said, because no task passed the gate (see the notes)."
@@ -150,7 +150,7 @@ def _unequal(budget: Budget) -> str:
     (least, thrifty), (most, greedy) = min(known), max(known)
     if most - least <= SAME_BUDGET:
         return ""
-    readers = [entry.method for entry in budget.entries if entry.read is not None or _only_computes_less(entry)]
+    readers = [entry.method for entry in budget.entries if entry.read is not None or only_computes_less(entry)]
     if readers:
         verb = "free" if len(readers) > 1 else "frees"
         reading = f"{names(readers)} {verb} no memory and only read{'' if len(readers) > 1 else 's'} less"
@@ -160,8 +160,16 @@ def _unequal(budget: Budget) -> str:
     return f"not an even comparison: {greedy} kept {percent(most)} of the bytes, {thrifty} {percent(least)}"
 
 
-def _only_computes_less(entry: Entry) -> bool:
+def only_computes_less(entry: Entry) -> bool:
+    """Whether a method frees no memory and leaves out attention."""
     return entry.density is not None and entry.share is not None and entry.share > 1 - SAME_BUDGET
+
+
+def spent(section: Section) -> str:
+    """What the horizontal axis of the charts is."""
+    savers = {only_computes_less(entry) for budget in section.budgets for entry in budget.entries}
+    names_of = {False: "share of cache bytes kept", True: "share of the prompt's attention computed"}
+    return " or ".join(names_of[saver] for saver in sorted(savers)) or names_of[False]
 
 
 def gate_notes(section: Section) -> list[str]:
