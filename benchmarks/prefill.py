@@ -75,7 +75,8 @@ def run(model: Any, prompt: torch.Tensor, method: sparing.Method | None, record:
 def measure(model: Any, prompt: torch.Tensor, keep: float, rounds: int) -> dict[str, Record]:
     """One untimed prefill, then the rounds; every other one in reverse order."""
     found: dict[str, sparing.Method | None] = {"dense": None, "nothing dropped (keep=1)": sparing.Random(1.0)}
-    found |= {name: sparing.parse_method(name, keep) for name in methods()}
+    ready = (i.name for i in methods().values() if i.family == "kv_cache" and not (i.needs or i.needs_draft))
+    found |= {name: sparing.parse_method(name, keep) for name in ready}
     records = {name: Record() for name in found}
     run(model, prompt, None, Record())
     for number in range(rounds):
