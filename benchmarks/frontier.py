@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import command, hardware, header_text, table, versions, write
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -121,6 +123,11 @@ def short(name: str) -> str:
     return re.sub(r"scores=[^,)]*,?", "", name).replace("()", "")
 
 
+def bare(name: str) -> str:
+    """A method without its fields."""
+    return re.sub(r"\([^)]*\)", "", name)
+
+
 def _names(section: Section) -> list[str]:
     return [name for name in section.methods if section.of(name)]
 
@@ -154,22 +161,27 @@ def _picture(sections: Sequence[Section], cost: Cost) -> Figure:
     figure = Figure(figsize=(5.4 * len(sections), 9.0), layout="constrained")
     plots = figure.subplots(2, len(sections), squeeze=False, sharey=True)
     best = [name for section in sections for name in _best(section, cost)]
-    colours = {name: f"C{at % 10}" for at, name in enumerate(dict.fromkeys(best))}
+    palette = colormaps["tab10" if len(set(best)) <= 10 else "tab20"].colors
+    colours = dict(zip(dict.fromkeys(best), palette, strict=False))
     for column, section in enumerate(sections):
         for row, kind in enumerate(("average", "worst task")):
             _panel(plots[row][column], section, kind, colours, cost)
     handles = [Line2D([], [], color=colour, marker="o", markersize=4) for colour in colours.values()]
-    figure.legend(handles, [short(name) for name in colours], loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles, [bare(name) for name in colours], loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
 def _best(section: Section, cost: Cost) -> list[str]:
     """The methods with the best averages at 25 %, of those that save anything."""
     saving = [name for name in _names(section) if max(cost.of(entry) or 1 for entry in section.of(name)) < 0.95]
-    return sorted(saving, key=lambda name: -_at(section, name, "25 %"))[:NAMED]
+    means = {
+        name: statistics.mean(entry.average.score if entry.average else 0.0 for entry in section.of(name))
+        for name in saving
+    }
+    return sorted(saving, key=lambda name: (-_at(section, name, "25 %"), -means[name]))[:NAMED]
 
 
-def _panel(axes: Any, section: Section, kind: str, colours: dict[str, str], cost: Cost) -> None:
+def _panel(axes: Any, section: Section, kind: str, colours: dict[str, Any], cost: Cost) -> None:
     for name in _names(section):
         shown = name in colours
         style = {"color": colours.get(name, "0.8"), "zorder": 3 if shown else 1, "linewidth": 1.4 if shown else 0.7}

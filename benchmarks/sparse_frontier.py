@@ -14,7 +14,7 @@ from collections import defaultdict
 from typing import Any
 
 from common import table
-from frontier import ROOT, Cost, options, rows, short, write_down
+from frontier import ROOT, Cost, bare, options, rows, short, write_down
 from matplotlib.figure import Figure
 
 from sparing.compare.report.summary import summary
@@ -31,6 +31,7 @@ NAMES = (
     "deltallm_prefill(block=16,window=32)", "spatten", "specpc(draft=bundled)",
 )  # fmt: skip
 OTHER_LENGTHS = "512,2048"  # for isoFLOP, one seed
+OTHER_COSTS = ("specpc", "spatten", "deltallm_prefill")  # a draft, fewer tokens, a simulation: not those FLOPs
 SHOWN = 6  # methods in the isoFLOP picture
 
 
@@ -54,6 +55,8 @@ def isoflop(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     counted = {(cell.task, cell.length) for section in aware for cell in section.counted}
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in found:
+        if row["method"].startswith(OTHER_COSTS):
+            continue
         if row["mode"] == "query-aware" and (row["task"], row["length"]) in counted:
             groups[short(row["method"]), row["keep_label"], row["length"]].append(row)
     linear, per_pair = _model_costs()
@@ -103,8 +106,12 @@ def _iso_picture(points: list[dict[str, Any]]) -> Figure:
             colour = "black" if name == "full" else f"C{best.index(name)}"
             first = length == min(point["length"] for point in points)
             axes.plot(*zip(*line, strict=True), marker="s" if name == "full" else "o", markersize=5, color=colour,
-                      label=("dense" if name == "full" else name) if first else None)  # fmt: skip
-    axes.set(xlabel="GFLOP of the prompt", ylabel="average score, query-aware", xscale="log", ylim=(-0.03, 1.03))
+                      label=("dense" if name == "full" else bare(name)) if first else None)  # fmt: skip
+    ticks = [0.8, 1, 1.5, 2, 3, 4, 6, 8]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="GFLOP of the prompt", ylabel="average score, query-aware", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
