@@ -1,4 +1,4 @@
-.PHONY: compare test check oldest bundled-model clean
+.PHONY: compare test contracts check oldest bundled-model clean
 TEXTS ?= ../shared/data
 METHODS ?= adakv,chunkkv,compactor,expected_attention,h2o,keydiff,kvzip,quest,random,scissorhands,snapkv,streaming_llm
 
@@ -9,6 +9,10 @@ compare:           ## compare twelve methods on the bundled model and write a re
 test:              ## the quick tests
 	@scripts/setup dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+contracts:         ## the contract of every method on every tiny model
+	@scripts/setup dev
+	SPARING_ALL_MODELS=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 tests/test_contracts.py
 
 check:             ## format, lint, types
 	@scripts/setup dev

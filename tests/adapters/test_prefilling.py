@@ -105,7 +105,9 @@ def test_drafts_behind_a_prompt_read_everything():
     said = []
     for more in ({}, {"prompt_lookup_num_tokens": 4}):
         with use(model, EVEN):
-            said.append(model.generate(prompt.ids, max_new_tokens=12, do_sample=False, **more).tolist())
+            # Early transformers 5 look the end token up even where a model has none.
+            ids = model.generate(prompt.ids, max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0, **more)
+            said.append(ids.tolist())
     assert said[0] == said[1]
 
 
