@@ -18,6 +18,7 @@ from frontier import ROOT, Cost, bare, options, rows, short, write_down
 from matplotlib.figure import Figure
 
 from sparing.compare.report.summary import summary
+from sparing.loading import ModelSpec
 
 TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
 # The bundled model reads 1 to 2 thousand tokens: blocks, windows and strides are an eighth or so of the papers'.
@@ -73,9 +74,8 @@ def isoflop(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _model_costs() -> tuple[float, float]:
     """FLOPs of a token outside attention, and of a (query, key) pair in all heads and layers."""
-    from sparing.compare.loading import load_model
 
-    model = load_model("bundled", "auto", "cpu").model
+    model = ModelSpec(device="cpu").load().model
     config = model.config
     parameters = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -42,8 +42,8 @@ FORBIDDEN = {
 ALLOWED = {("sparing.core.method", "sparing.methods"), ("sparing.core.head_scorer", "sparing.methods")}
 
 TRANSFORMERS = (
-    "sparing.adapters", "sparing.session", "sparing.scoring", "sparing.models", "sparing.compare", "sparing.testing",
-    "sparing.cli",
+    "sparing.adapters", "sparing.session", "sparing.scoring", "sparing.loading", "sparing.models", "sparing.compare",
+    "sparing.testing", "sparing.cli",
 )  # fmt: skip
 
 

@@ -11,10 +11,10 @@ import torch
 from sparing.adapters.lens import ModelLens
 from sparing.compare import ablation_curve as module
 from sparing.compare.ablation_curve import AblationCurve, ablation_curve
-from sparing.compare.loading import load_model
 from sparing.core.edits import ABLATIONS, AblateHeads
 from sparing.core.scores import Scores
 from sparing.errors import InvalidInputError, OutputError, ScoresMismatchError
+from sparing.loading import ModelSpec
 from sparing.methods.heads.uniform_heads import UniformHeads
 from sparing.tasks import get
 from sparing.testing import tiny_model
@@ -26,7 +26,7 @@ COPY_HEADS = [(2, 0), (2, 1), (2, 2), (2, 3), (3, 0)]
 
 @pytest.fixture(scope="module")
 def bundled():
-    return load_model("bundled", "auto", "cpu")
+    return ModelSpec(device="cpu").load()
 
 
 def scores_of(model, best, name="planted"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import sparing
-from sparing.compare.loading import load_model
 from sparing.compare.store import ResultStore
 from sparing.compare.sweep import Cell, Contestant, Sweep
+from sparing.loading import ModelSpec
 from sparing.tasks import registry
 
 
@@ -16,7 +16,7 @@ def test_rows_say_what_was_read(tmp_path: Path) -> None:
     cells = [Cell(registry.get(task), "query-agnostic", 256) for task in ("needle_single", "perplexity")]
     with ResultStore(tmp_path) as store:
         contestants = [Contestant(name, method) for name, method in methods.items()]
-        Sweep(load_model("bundled"), contestants, samples=1, seed=0, store=store).run(cells)
+        Sweep(ModelSpec().load(), contestants, samples=1, seed=0, store=store).run(cells)
         rows = store.rows()
     assert len(rows) == 6
     for row in rows:

@@ -7,7 +7,7 @@ import torch
 
 from sparing import KVzip, SnapKV, SpecKV, use
 from sparing.compare.engine import FULL, Engine
-from sparing.compare.loading import LoadedModel
+from sparing.loading import LoadedModel, ModelSpec
 from sparing.methods.kv.kvzip import Reconstruction
 from sparing.testing import random_prompt, run_method, tiny_model
 
@@ -18,7 +18,7 @@ PAUSE = 0.2
 @pytest.fixture(name="engine")
 def tiny_engine():
     model = tiny_model("llama", torch.float64)
-    loaded = LoadedModel("tiny", model, None, "tiny", 512)
+    loaded = LoadedModel(ModelSpec("tiny"), model, None, "tiny", 512)
     with use(model, FULL) as session:
         yield Engine(loaded, session)
 

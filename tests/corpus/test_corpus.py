@@ -14,6 +14,7 @@ from sparing.compare.store import read_rows
 from sparing.core.scores import ModelIdentity, Scores
 from sparing.corpus import read_records, score_corpus, select_top
 from sparing.errors import InputFileError, InvalidInputError, OutputError, ScoresMismatchError
+from sparing.loading import ModelSpec
 from sparing.models import resolve
 from tests.corpus.by_hand import losses
 
@@ -120,7 +121,7 @@ def test_what_is_no_corpus_is_refused(tmp_path):
 
 def test_rows_are_what_the_loss_is_by_hand(bundled, tokenizer, heads, corpus, tmp_path):
     """One text at a time, without padding, with the two heads' attention written out as an average."""
-    assert score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES) == 20
+    assert score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES) == 20
     rows = {(row["domain"], row["id"]): row for row in read_rows(tmp_path / "out")}
     assert len(rows) == 20
     for record in read_records([corpus]):
@@ -137,7 +138,7 @@ def test_rows_are_what_the_loss_is_by_hand(bundled, tokenizer, heads, corpus, tm
 
 def test_texts_that_say_nothing_score_nothing(heads, tmp_path):
     data = write(tmp_path / "web.jsonl", [{"text": ""}, {"text": "a"}, {"text": "a longer text of some words"}])
-    assert score_corpus("bundled", heads, [data], tmp_path / "out", **SIZES) == 3
+    assert score_corpus(ModelSpec(), heads, [data], tmp_path / "out", **SIZES) == 3
     rows = {row["id"]: row for row in read_rows(tmp_path / "out")}
     empty = rows["web.jsonl:1"]
     assert (empty["score"], empty["base_loss"]) == (0.0, 0.0)
@@ -153,73 +154,75 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("after", [1, 7])
 def test_an_interrupted_run_goes_on_where_it_was(after, heads, corpus, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
-    score_corpus("bundled", heads, [corpus], whole, **SIZES)
+    score_corpus(ModelSpec(), heads, [corpus], whole, **SIZES)
 
     def stop(done, what):
         if done >= after:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES, progress=stop)
+        score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES, progress=stop)
     kept = read_rows(tmp_path / "out")
     assert after <= len(kept) < 20
     told = []
-    now = score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES, progress=lambda n, what: told.append(n))
+    now = score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES, progress=lambda n, what: told.append(n))
     assert now == 20 - len(kept) == told[-1]
     rows = read_rows(tmp_path / "out")
     assert rows[: len(kept)] == kept
     assert sorted(rows, key=lambda r: r["key"]) == sorted(read_rows(whole), key=lambda r: r["key"])
-    assert score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES) == 0
+    assert score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES) == 0
     assert read_rows(tmp_path / "out") == rows
 
 
 def test_a_batch_that_was_half_written_gives_the_same_rows(heads, corpus, tmp_path):
     """A process killed between two rows of one batch: the batch is read again as a whole, its rows are not doubled."""
-    score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES)
+    score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES)
     file = tmp_path / "out" / "results.jsonl"
     whole = file.read_bytes()
     lines = whole.splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # torn within the last row
-    assert score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES) == 1
+    assert score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES) == 1
     assert file.read_bytes() == whole
 
 
 def test_a_corpus_that_has_grown_is_scored_on(heads, corpus, tmp_path):
-    score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES)
+    score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES)
     write(corpus / "c-new.jsonl", [{"text": text} for text in texts(3)])
-    assert score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES) == 3
+    assert score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES) == 3
 
 
 @pytest.mark.parametrize(
     "change", [{"top": 1}, {"max_tokens": 32}, {"batch_tokens": 64}, {"dtype": "bfloat16"}], ids=lambda c: next(iter(c))
 )
 def test_other_settings_are_refused_and_change_nothing(change, heads, corpus, tmp_path):
-    score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES)
+    change = dict(change)
+    score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES)
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    spec = ModelSpec(dtype=change.pop("dtype", "auto"))
     with pytest.raises(OutputError, match="other settings"):
-        score_corpus("bundled", heads, [corpus], tmp_path / "out", **(SIZES | change))
+        score_corpus(spec, heads, [corpus], tmp_path / "out", **(SIZES | change))
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
 
 
 def test_one_id_twice_in_a_domain_is_refused(heads, tmp_path):
     data = write(tmp_path / "web.jsonl", [{"text": "a b", "id": 1}, {"text": "c d", "id": 1}])
     with pytest.raises(InvalidInputError, match="ids that differ"):
-        score_corpus("bundled", heads, [data], tmp_path / "out", **SIZES)
+        score_corpus(ModelSpec(), heads, [data], tmp_path / "out", **SIZES)
     rows = [{"text": "a b", "id": 1, "domain": "x"}, {"text": "c d", "id": 1, "domain": "y"}]
-    assert score_corpus("bundled", heads, [write(data, rows)], tmp_path / "fine", **SIZES) == 2
+    assert score_corpus(ModelSpec(), heads, [write(data, rows)], tmp_path / "fine", **SIZES) == 2
 
 
 def test_heads_and_numbers_that_do_not_fit_are_refused(heads, corpus, tmp_path):
     other = ModelIdentity("other", heads.model.architecture, 5, 4, 2, heads.model.head_dim, "")
     foreign = Scores(torch.rand(5, 4), ("layer", "head"), "by hand", other)
     with pytest.raises(ScoresMismatchError, match="5 attention layers"):
-        score_corpus("bundled", foreign, [corpus], tmp_path / "out", **SIZES)
+        score_corpus(ModelSpec(), foreign, [corpus], tmp_path / "out", **SIZES)
     layers = Scores(torch.rand(4), ("layer",), "by hand", heads.model)
     with pytest.raises(ScoresMismatchError, match="layer × head"):
-        score_corpus("bundled", layers, [corpus], tmp_path / "out", **SIZES)
+        score_corpus(ModelSpec(), layers, [corpus], tmp_path / "out", **SIZES)
     for change in ({"max_tokens": 1}, {"batch_tokens": 47}, {"top": 0}, {"top": 1.5}):
         with pytest.raises(InvalidInputError):
-            score_corpus("bundled", heads, [corpus], tmp_path / "out", **(SIZES | change))
+            score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **(SIZES | change))
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -302,7 +305,7 @@ def test_choosing_what_was_not_scored_is_refused_and_leaves_the_earlier_choice(t
 
 
 def test_from_texts_to_a_choice(heads, corpus, tmp_path):
-    score_corpus("bundled", heads, [corpus], tmp_path / "out", **SIZES)
+    score_corpus(ModelSpec(), heads, [corpus], tmp_path / "out", **SIZES)
     parts = select_top([corpus], tmp_path / "out", share=0.3)
     assert [(p.domain, p.texts, p.chosen) for p in parts] == [("b-web", 10, 3), ("math", 10, 3)]
     rows = {(r["domain"], r["id"]): r["score"] for r in read_rows(tmp_path / "out")}

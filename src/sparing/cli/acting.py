@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.options import model_options
 from sparing.errors import InvalidInputError, require
 
-MODEL = click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
-DTYPE = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-DEVICE = click.option("--device", default=None, help="cpu, cuda, ...; by default a GPU if there is one.")
+if TYPE_CHECKING:
+    from sparing.loading import ModelSpec
+
 SCORES = click.option(
     "--scores", default=None, type=click.Path(path_type=Path), help="A measurement of heads, from `sparing score`."
 )
 
 
 @click.command()
-@MODEL
+@model_options
 @SCORES
 @click.option("--top", default=None, help="Edit the best-scored heads: a number, or a share of all.")
 @click.option("--heads", default=None, help="Edit these heads: layer.head, comma-separated, e.g. 2.1,3.0.")
 @click.option("--scale", default=None, type=float, help="Multiply what the heads say by this number.")
 @click.option("--ablate", type=click.Choice(["zero", "mean"]), default=None, help="Take the heads away.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder of the new checkpoint.")
-@DTYPE
-@DEVICE
 def edit(
-    model: str, scores: Path | None, top: str | None, heads: str | None, scale: float | None, ablate: str | None,
-    out: Path, dtype: str, device: str | None,
+    spec: ModelSpec, scores: Path | None, top: str | None, heads: str | None, scale: float | None,
+    ablate: str | None, out: Path,
 ) -> None:  # fmt: skip
     """Fold an edit of heads into an ordinary checkpoint."""
-    from sparing.compare.loading import load_model
     from sparing.core.edits import HeadEdit, ScaleHeads
     from sparing.editing import ablate as take_away
     from sparing.editing import head_outputs, save_edited
@@ -40,7 +38,7 @@ def edit(
 
     if (scale is None) == (ablate is None):
         raise InvalidInputError("edit", {"scale": scale, "ablate": ablate}, "one of --scale and --ablate")
-    loaded = load_model(model, dtype, device)
+    loaded = spec.load()
     chosen = _heads(scores, top, heads, loaded.model)
     if scale is not None:
         made: HeadEdit = ScaleHeads(dict.fromkeys(chosen, scale))
@@ -53,7 +51,7 @@ def edit(
 
 
 @click.command()
-@MODEL
+@model_options
 @click.option("--scores", required=True, type=click.Path(path_type=Path), help="A measurement of heads.")
 @click.option("--task", "task_name", default="needle_single", show_default=True, help="A task, or a file of your own.")
 @click.option("--kind", type=click.Choice(["zero", "mean", "uniform", "resample"]), default="zero", show_default=True)
@@ -64,22 +62,19 @@ def edit(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The JSON file to write.")
 @click.option("--html", default=None, type=click.Path(path_type=Path), help="A page with the curve.")
-@DTYPE
-@DEVICE
 def ablate(
-    model: str, scores: Path, task_name: str, kind: Any, length: int, samples: int, counts: str | None, draws: int,
-    seed: int, out: Path, html: Path | None, dtype: str, device: str | None,
+    spec: ModelSpec, scores: Path, task_name: str, kind: Any, length: int, samples: int, counts: str | None,
+    draws: int, seed: int, out: Path, html: Path | None,
 ) -> None:  # fmt: skip
     """Take heads away, best-scored first, and see what a task loses: the ablation curve."""
     from sparing.adapters.lens import ModelLens
     from sparing.cli.comparing import task_named
     from sparing.cli.progress import ProgressBar
     from sparing.compare.ablation_curve import ablation_curve
-    from sparing.compare.loading import load_model
     from sparing.core.scores import Scores
 
     measured, task = Scores.load(scores), task_named(task_name)
-    loaded = load_model(model, dtype, device)
+    loaded = spec.load()
     measured.check_model(ModelLens(loaded.model).identity)
     with ProgressBar("ablating") as told:
         curve = ablation_curve(
@@ -101,7 +96,7 @@ def ablate(
 
 
 @click.command()
-@MODEL
+@model_options
 @click.option("--scores", required=True, type=click.Path(path_type=Path), help="A measurement of heads.")
 @click.option("--top", default="0.05", show_default=True, help="Heads made uniform: a number, or a share of all.")
 @click.option("--data", multiple=True, required=True, type=click.Path(path_type=Path), help="JSON lines, or a folder.")
@@ -114,12 +109,10 @@ def ablate(
 @click.option("--workers", default=None, type=click.IntRange(1), help="On Ray: how many; by default as many as fit.")
 @click.option("--gpus", default=0.0, show_default=True, help="On Ray: GPUs per worker.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder of scores and chosen texts.")
-@DTYPE
-@DEVICE
 def corpus(
-    model: str, scores: Path, top: str, data: tuple[Path, ...], domain: str | None, share: float, length_matched: bool,
-    max_tokens: int, batch_tokens: int, ray: str | None, workers: int | None, gpus: float, out: Path, dtype: str,
-    device: str | None,
+    spec: ModelSpec, scores: Path, top: str, data: tuple[Path, ...], domain: str | None, share: float,
+    length_matched: bool, max_tokens: int, batch_tokens: int, ray: str | None, workers: int | None, gpus: float,
+    out: Path,
 ) -> None:  # fmt: skip
     """Score the texts of a corpus by what retrieval heads do for them, and choose the best (AttentionInfluence)."""
     from sparing.cli.progress import ProgressBar
@@ -130,8 +123,8 @@ def corpus(
     measured = Scores.load(scores)
     with ProgressBar("scoring") as told:
         new = score_corpus(
-            model, measured, data, out, top=_number(top), domain=domain, max_tokens=max_tokens,
-            batch_tokens=batch_tokens, dtype=dtype, device=device, ray=ray, workers=workers, gpus=gpus,
+            spec, measured, data, out, top=_number(top), domain=domain, max_tokens=max_tokens,
+            batch_tokens=batch_tokens, ray=ray, workers=workers, gpus=gpus,
             progress=lambda done, what: told(done, 0, what),
         )  # fmt: skip
     click.echo(f"{new} texts scored now: {out / 'results.jsonl'}")

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from sparing.cli.options import model_options
+
+if TYPE_CHECKING:
+    from sparing.loading import ModelSpec
 
 
 @click.command()
 @click.option("--method", "method_name", required=True, help="A method that needs measurements; see `sparing methods`.")
-@click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
+@model_options
 @click.option("--samples", default=16, show_default=True, type=click.IntRange(1), help="How many are made offline.")
 @click.option("--length", default=512, show_default=True, type=click.IntRange(8), help="Tokens per sample.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The safetensors file to write.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--device", default=None, help="cpu, cuda, ...; by default a GPU if there is one.")
 def calibrate(
-    method_name: str, model: str, samples: int, length: int, seed: int, batch_size: int, out: Path, dtype: str,
-    device: str | None,
+    method_name: str, spec: ModelSpec, samples: int, length: int, seed: int, batch_size: int, out: Path
 ) -> None:  # fmt: skip
     """Measure what a method needs to know of a model, on data made offline, and save it for other commands."""
     from sparing.cli.progress import ProgressBar
-    from sparing.compare.loading import load_model
     from sparing.core.measured import needed_by
     from sparing.core.scores import save_scores
     from sparing.scoring import calibrate as measure
 
     needs = needed_by(method_name)
-    loaded = load_model(model, dtype, device)
+    loaded = spec.load()
     with ProgressBar(method_name) as told:
         found = measure(
             loaded.model, method_name, loaded.tokenizer, samples=samples, length=length, seed=seed,
-            batch_size=batch_size, progress=told, name=model,
+            batch_size=batch_size, progress=told, name=spec.name,
         )  # fmt: skip
     save_scores(out, found)
     for scores in found:

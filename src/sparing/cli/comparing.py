@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.options import model_options
 from sparing.errors import InputFileError, InvalidInputError
 
 if TYPE_CHECKING:
-    from sparing.compare.loading import Drafts
     from sparing.compare.sweep import Cell, Contestant, Sweep
+    from sparing.loading import Drafts, ModelSpec
     from sparing.tasks import Task
 
 DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
 
 
 @click.command()
-@click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
+@model_options
 @click.option("--methods", "method_text", default="all", show_default=True, help="Names, comma-separated.")
 @click.option("--keep", "keep_text", default="0.5,0.25", show_default=True, help='Budgets: 0.25, 512 or "64MiB".')
 @click.option("--tasks", "task_text", default=DEFAULT_TASKS, show_default=True, help="Names, or files of your own.")
@@ -30,36 +31,34 @@ DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
 @click.option("--mode", type=click.Choice(["both", "query-agnostic", "query-aware"]), default="both", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the tasks.")
 @click.option("--out", default="results/compare", show_default=True, type=click.Path(path_type=Path))
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--device", default=None, help="cpu, cuda, ...; by default a GPU if there is one.")
 def compare(
-    model: str, method_text: str, keep_text: str, task_text: str, lengths: str, samples: int, mode: str, seed: int,
-    out: Path, dtype: str, device: str | None,
+    spec: ModelSpec, method_text: str, keep_text: str, task_text: str, lengths: str, samples: int, mode: str,
+    seed: int, out: Path,
 ) -> None:  # fmt: skip
     """Compare methods at several budgets on tasks, and write a report."""
-    from sparing.compare.loading import Drafts, load_model
     from sparing.compare.store import ResultStore
     from sparing.compare.sweep import Sweep
+    from sparing.loading import Drafts
 
-    drafts = Drafts(dtype, device)
+    drafts = Drafts(spec)
     contestants, tasks = _contestants(method_text, keep_text, drafts), _tasks(task_text)
     cells = _cells(tasks, _lengths(lengths), mode)
     if method_text == "all":
         _say_what_is_left_out()
-    loaded = load_model(model, dtype, device)
+    loaded = spec.load()
     drafts.check(loaded)
     with ResultStore(out) as store:
         if store.repaired:
             click.echo(f"{store.file}: {store.repaired}", err=True)
         sweep = Sweep(loaded, contestants, samples, seed, store)
         _leave_out_refused(sweep, cells[0], explicit=method_text != "all")
-        run = {"command": shlex.join(["sparing", *sys.argv[1:]]), "seed": seed, "model": model}
+        run = {"command": shlex.join(["sparing", *sys.argv[1:]]), "seed": seed, "model": spec.name}
         run |= {"model_description": loaded.description, "samples": samples}
         _run_and_report(sweep, cells, run)
 
 
 @click.command()
-@click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
+@model_options
 @click.option("--method", "method_text", default="snapkv", show_default=True, help="See `sparing methods`.")
 @click.option("--keep", "keep_text", default="0.25", show_default=True, help='A budget: 0.25, 512 or "64MiB".')
 @click.option("--context", required=True, type=click.Path(path_type=Path), help="A text file.")
@@ -67,25 +66,23 @@ def compare(
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--query-aware", is_flag=True, help="Let the method see the question before it drops anything.")
 @click.option("--compare-full", is_flag=True, help="Answer from the full cache as well.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--device", default=None, help="cpu, cuda, ...; by default a GPU if there is one.")
 def generate(
-    model: str, method_text: str, keep_text: str, context: Path, question: str, max_new_tokens: int,
-    query_aware: bool, compare_full: bool, dtype: str, device: str | None,
+    spec: ModelSpec, method_text: str, keep_text: str, context: Path, question: str, max_new_tokens: int,
+    query_aware: bool, compare_full: bool,
 ) -> None:  # fmt: skip
     """Answer a question about a text from a compressed cache."""
     from sparing.compare.ask import ask
-    from sparing.compare.loading import Drafts, load_model
     from sparing.core.budget import parse_keep
     from sparing.core.parsing import parse_method
+    from sparing.loading import Drafts
     from sparing.tasks.user_files import read_text
 
-    drafts = Drafts(dtype, device)
+    drafts = Drafts(spec)
     method = parse_method(method_text, parse_keep(keep_text), drafts)
     text = read_text(context, "it should hold the text that the question is about")
     if not question.strip():
         raise InvalidInputError("question", question, "some text")
-    loaded = load_model(model, dtype, device)
+    loaded = spec.load()
     drafts.check(loaded)
     ask(loaded, method, text, question, max_new_tokens, query_aware, compare_full)
 

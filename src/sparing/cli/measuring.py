@@ -6,15 +6,19 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.options import model_options
 from sparing.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from sparing.loading import ModelSpec
 
 
 @click.command()
-@click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.')
+@model_options
 @click.option("--scorer", required=True, help="See `sparing scorers`; fields in brackets: `name(field=value)`.")
 @click.option(
     "--data", type=click.Path(path_type=Path), default=None, help="Samples of your own; made offline if not given."
@@ -34,12 +38,9 @@ from sparing.errors import InvalidInputError
 @click.option("--html", default=None, type=click.Path(path_type=Path), help="A page that shows the measurement.")
 @click.option("--png", default=None, type=click.Path(path_type=Path), help="The same as a picture (needs matplotlib).")
 @click.option("--against", default=None, type=click.Path(path_type=Path), help="Another measurement to compare with.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--device", default=None, help="cpu, cuda, ...; by default a GPU if there is one.")
 def score(
-    model: str, scorer: str, data: Path | None, samples: int | None, length: int, seed: int, batch_size: int,
+    spec: ModelSpec, scorer: str, data: Path | None, samples: int | None, length: int, seed: int, batch_size: int,
     patience: int, max_seconds: float, out: Path, html: Path | None, png: Path | None, against: Path | None,
-    dtype: str, device: str | None,
 ) -> None:  # fmt: skip
     """Measure heads, layers or positions of a model, and save the result for other commands."""
     from sparing.cli.progress import ProgressBar
@@ -55,11 +56,10 @@ def score(
 
         require_matplotlib()
     from sparing.adapters.lens import ModelLens
-    from sparing.compare.loading import load_model
     from sparing.scoring import score as measure
     from sparing.tasks.probe_files import load_samples
 
-    loaded = load_model(model, dtype, device)
+    loaded = spec.load()
     if other is not None:
         other.check_model(ModelLens(loaded.model).identity)
     given = load_samples(parsed.info.data, data, loaded.tokenizer) if data is not None else None
@@ -67,7 +67,8 @@ def score(
     with ProgressBar(parsed.info.name) as told:
         found = measure(
             loaded.model, parsed, loaded.tokenizer, given, samples=samples or 16, length=length, seed=seed,
-            batch_size=batch_size, stop=StopRule(patience=patience), max_seconds=max_seconds, progress=told, name=model,
+            batch_size=batch_size, stop=StopRule(patience=patience), max_seconds=max_seconds, progress=told,
+            name=spec.name,
         )  # fmt: skip
     found.save(out)
     _print(found, other)

@@ -7,9 +7,9 @@ import time
 import click
 
 from sparing.compare.engine import FULL, Engine, Output, Reading
-from sparing.compare.loading import LoadedModel
 from sparing.core.method import Method
 from sparing.errors import InvalidInputError
+from sparing.loading import LoadedModel
 from sparing.session import use
 from sparing.tasks.encoding import Encoder
 

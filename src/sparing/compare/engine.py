@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from sparing.adapters.cache import EvictingCache
-from sparing.compare.loading import LoadedModel
 from sparing.core.method import Evict, Method
+from sparing.loading import LoadedModel
 from sparing.methods.kv.streaming_llm import Recency
 from sparing.session import Session
 

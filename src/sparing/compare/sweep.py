@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from sparing.compare.engine import FULL, Compressed, Engine, Output, Reading
 from sparing.compare.environment import peak_memory_bytes, reset_peak_memory
-from sparing.compare.loading import LoadedModel
 from sparing.compare.store import ResultStore, row_key
 from sparing.core.cascade import Cascade
 from sparing.core.method import Method
@@ -26,6 +25,7 @@ from sparing.core.plan import Plan
 from sparing.core.prefill import SparsePrefill
 from sparing.core.prompt import PromptDropper
 from sparing.errors import InvalidInputError, MethodRefusedError
+from sparing.loading import LoadedModel
 from sparing.session import check_measurements, use
 from sparing.tasks import Question, Sample, Task, bootstrap, context_means, wilson
 

@@ -14,6 +14,7 @@ from sparing.core.edits import Head, chosen_heads
 from sparing.core.scores import Scores
 from sparing.corpus.reader import Record, find_shards, read_records
 from sparing.errors import InvalidInputError, OutputError, require
+from sparing.loading import ModelSpec
 from sparing.scale.pool import run_tasks
 
 # Texts are grouped by length within windows of so many records, so that batches waste little on padding.
@@ -40,7 +41,7 @@ class Batch:
 
 
 def score_corpus(
-    model: str,
+    spec: ModelSpec,
     heads: Scores,
     inputs: Sequence[str | Path],
     out: str | Path,
@@ -49,8 +50,6 @@ def score_corpus(
     domain: str | None = None,
     max_tokens: int = 4096,
     batch_tokens: int = 8192,
-    dtype: str = "auto",
-    device: str | None = None,
     ray: str | None = None,
     workers: int | None = None,
     gpus: float = 0,
@@ -62,7 +61,7 @@ def score_corpus(
     they come. Texts are cut after `max_tokens`; those of fewer than two tokens get the score 0.
 
     Args:
-        model: "bundled", a folder, or a name on the Hub; loaded once per worker.
+        spec: the model; loaded once per worker.
         heads: measured scores of heads; the `top` of them are made uniform.
         ray, workers, gpus: see `scale.pool.run_tasks`.
         progress: told how many texts have been scored.
@@ -76,8 +75,9 @@ def score_corpus(
     """
     require(max_tokens >= 2, "max_tokens", max_tokens, "a number of tokens >= 2")
     require(batch_tokens >= max_tokens, "batch_tokens", batch_tokens, f"at least max_tokens ({max_tokens})")
-    settings = Settings(model, dtype, chosen_heads(heads, top), heads.model.fingerprint, max_tokens, batch_tokens)
-    make_worker = functools.partial(_make_worker, settings, heads, device)
+    chosen, source = chosen_heads(heads, top), heads.model.fingerprint
+    settings = Settings(spec.name, spec.dtype, chosen, source, max_tokens, batch_tokens)
+    make_worker = functools.partial(_make_worker, settings, heads, spec)
     shards = find_shards(inputs)
     with ResultStore(out) as store:
         done = store.done()
@@ -130,12 +130,11 @@ def _missing(batches: Iterable[Batch], done: set[str]) -> Iterator[Batch]:
     return (batch for batch in batches if any(text[0] not in done for text in batch.texts))
 
 
-def _make_worker(settings: Settings, heads: Scores, device: str | None) -> Callable[[Batch], list[dict[str, Any]]]:
+def _make_worker(settings: Settings, heads: Scores, spec: ModelSpec) -> Callable[[Batch], list[dict[str, Any]]]:
     """Load the model, once per process."""
     from sparing.adapters.lens import ModelLens
-    from sparing.compare.loading import load_model
 
-    loaded = load_model(settings.model, settings.dtype, device)
+    loaded = spec.load()
     lens = ModelLens(loaded.model, loaded.tokenizer)
     heads.check_model(lens.identity)
     return functools.partial(_score_batch, lens, settings)

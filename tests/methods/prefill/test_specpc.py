@@ -15,11 +15,11 @@ from sparing import SnapKV, SpecKV, SpecKVPC, SpecPC, parse_method, use
 from sparing.adapters.lens import ModelLens
 from sparing.cli import cli
 from sparing.compare.engine import FULL, Engine
-from sparing.compare.loading import Drafts, LoadedModel, load_model
 from sparing.compare.store import ResultStore
 from sparing.core.draft import Draft, Drafted
 from sparing.core.prompt import Chosen
 from sparing.errors import CacheStateError, InvalidInputError, MethodRefusedError
+from sparing.loading import Drafts, LoadedModel, ModelSpec
 from sparing.methods.prefill.specpc import Votes, best_neighbourhoods
 from sparing.testing import random_prompt, run_check, tiny_model
 from sparing.testing.contract import CHECKS
@@ -500,11 +500,11 @@ def test_a_method_that_returns_too_much_is_caught():
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_model("bundled", "float32", "cpu")
+    return ModelSpec("bundled", "float32", "cpu").load()
 
 
 def test_the_engine_reads_the_short_prompt(loaded):
-    small = Drafts("float32", "cpu")("bundled")
+    small = Drafts(ModelSpec(dtype="float32", device="cpu"))("bundled")
     ids = torch.randint(3, 2000, (300,), generator=torch.Generator().manual_seed(0))
     method = SpecPC(100, small)
     with use(loaded.model, FULL) as session:
@@ -549,9 +549,9 @@ def test_a_draft_model_with_another_tokenizer_is_refused(loaded):
         def get_vocab(self):
             return {"a": 0}
 
-    drafts = Drafts("float32", "cpu")
+    drafts = Drafts(ModelSpec(dtype="float32", device="cpu"))
     assert drafts("bundled") is drafts("bundled")
     drafts.check(loaded)
-    other = LoadedModel("other", loaded.model, Tokenizer(), "", None)
+    other = LoadedModel(ModelSpec("other"), loaded.model, Tokenizer(), "", None)
     with pytest.raises(MethodRefusedError, match="another tokenizer than other"):
         drafts.check(other)
