@@ -90,6 +90,8 @@ _HOME = {
     "Rerotate": "sparing.core.actions",
     "FullHeads": "sparing.core.allocate_heads",
     "RazorAttention": "sparing.methods.kv.razor_attention",
+    "load": "sparing.recipe",
+    "Recipe": "sparing.recipe",
     "DuoAttention": "sparing.methods.kv.duo_attention",
     "HeadKV": "sparing.methods.kv.headkv",
     "CompressKV": "sparing.methods.kv.compresskv",

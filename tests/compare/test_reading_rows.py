@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import sparing
+from sparing.compare.cells import Cell, Contestant
+from sparing.compare.observer import Observer
 from sparing.compare.store import ResultStore
-from sparing.compare.sweep import Cell, Contestant, Sweep
+from sparing.compare.sweep import Sweep
 from sparing.loading import ModelSpec
 from sparing.tasks import registry
 
 
 def test_rows_say_what_was_read(tmp_path: Path) -> None:
     methods = {"quest": sparing.Quest(keep=0.25), "snapkv": sparing.SnapKV(keep=0.25)}
-    cells = [Cell(registry.get(task), "query-agnostic", 256) for task in ("needle_single", "perplexity")]
-    with ResultStore(tmp_path) as store:
-        contestants = [Contestant(name, method) for name, method in methods.items()]
-        Sweep(ModelSpec().load(), contestants, samples=1, seed=0, store=store).run(cells)
+    cells = [Cell(registry.get(task), "query-agnostic", 256, (0,)) for task in ("needle_single", "perplexity")]
+    contestants = [Contestant.of(name, method) for name, method in methods.items()]
+    with ResultStore(tmp_path) as store, Observer(ModelSpec(), cells, 0, tmp_path) as observer:
+        observer.introduce(contestants)
+        Sweep(observer, contestants, store).run()
         rows = store.rows()
     assert len(rows) == 6
     for row in rows:

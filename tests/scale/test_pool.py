@@ -19,8 +19,9 @@ from sparing.compare.store import read_rows
 from sparing.core.scores import Scores
 from sparing.corpus import score_corpus
 from sparing.errors import InputFileError, InvalidInputError, MissingExtraError, WorkerLostError
+from sparing.loading import ModelSpec
 from sparing.models import resolve
-from sparing.scale.pool import ATTEMPTS, run_tasks
+from sparing.scale.pool import ATTEMPTS, Cluster, Pool, run_tasks
 
 
 def squares(log=None):
@@ -100,13 +101,13 @@ def test_an_error_of_making_the_worker_comes_through():
 def test_ray_that_is_not_installed_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r'pip install "sparing\[ray\]"'):
-        list(run_tasks(squares(), [1], ray="auto"))
+        list(run_tasks(squares(), [1], Cluster("auto")))
 
 
 def test_an_address_that_is_none_is_refused():
     pytest.importorskip("ray", reason="the extra sparing[ray] is not installed")
     with pytest.raises(InvalidInputError, match="ray: got 'nonsense'"):
-        list(run_tasks(squares(), [1], ray="nonsense"))
+        list(run_tasks(squares(), [1], Cluster("nonsense")))
 
 
 # -- on Ray ------------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def ray():
 def test_a_cluster_that_the_pool_started_is_taken_down_again():
     module = pytest.importorskip("ray", reason="the extra sparing[ray] is not installed")
     assert not module.is_initialized()
-    results = run_tasks(squares(), range(3), ray="auto", workers=1)
+    results = run_tasks(squares(), range(3), Cluster("auto", workers=1))
     assert next(results) == (0, 0)
     assert module.is_initialized()
     results.close()
@@ -133,7 +134,7 @@ def test_a_cluster_that_the_pool_started_is_taken_down_again():
 
 def test_ray_gives_what_this_process_gives(ray, tmp_path):
     log = tmp_path / "log"
-    found = sorted(run_tasks(squares(log), range(20), ray="auto"))
+    found = sorted(run_tasks(squares(log), range(20), Cluster("auto")))
     assert found == list(run_tasks(squares(), range(20)))
     done = log.read_text().split()
     assert done.count("made") == 2, "one worker for each of the two CPUs"
@@ -142,12 +143,12 @@ def test_ray_gives_what_this_process_gives(ray, tmp_path):
 
 
 def test_fewer_items_than_workers_and_none_at_all(ray):
-    assert list(run_tasks(squares(), [3], ray="auto", workers=2)) == [(3, 9)]
-    assert list(run_tasks(squares(), [], ray="auto")) == []
+    assert list(run_tasks(squares(), [3], Cluster("auto", workers=2))) == [(3, 9)]
+    assert list(run_tasks(squares(), [], Cluster("auto"))) == []
 
 
 def test_one_worker_keeps_the_order(ray):
-    assert list(run_tasks(squares(), range(6), ray="auto", workers=1)) == [(i, i * i) for i in range(6)]
+    assert list(run_tasks(squares(), range(6), Cluster("auto", workers=1))) == [(i, i * i) for i in range(6)]
 
 
 def test_items_are_read_as_they_are_needed_on_ray(ray):
@@ -159,7 +160,7 @@ def test_items_are_read_as_they_are_needed_on_ray(ray):
             read.append(item)
             yield item
 
-    results = run_tasks(squares(), items(), ray="auto", workers=2)
+    results = run_tasks(squares(), items(), Cluster("auto", workers=2))
     next(results)
     assert len(read) == 3
     results.close()
@@ -168,7 +169,7 @@ def test_items_are_read_as_they_are_needed_on_ray(ray):
 def test_an_error_of_the_work_is_the_same_on_ray(ray):
     """With its own type and one-line message; where it happened in the worker is its cause."""
     with pytest.raises(InputFileError) as caught:
-        list(run_tasks(failing(bad=2), range(5), ray="auto", workers=1))
+        list(run_tasks(failing(bad=2), range(5), Cluster("auto", workers=1)))
     assert str(caught.value) == "shard.jsonl: item 2 is torn; mend it"
     assert type(caught.value) is InputFileError
     assert "in work" in "".join(traceback.format_exception(caught.value))
@@ -179,7 +180,7 @@ def test_an_error_of_making_the_worker_is_no_lost_worker(ray):
         raise InputFileError("model", "is not there")
 
     with pytest.raises(InputFileError, match="is not there"):
-        list(run_tasks(make_worker, [1], ray="auto"))
+        list(run_tasks(make_worker, [1], Cluster("auto")))
 
 
 def test_an_error_of_reading_items_comes_through_and_frees_the_workers(ray):
@@ -188,9 +189,9 @@ def test_an_error_of_reading_items_comes_through_and_frees_the_workers(ray):
         raise InputFileError("shard.jsonl", "line 4 is no JSON")
 
     with pytest.raises(InputFileError, match="line 4"):
-        list(run_tasks(squares(), items(), ray="auto", workers=2))
+        list(run_tasks(squares(), items(), Cluster("auto", workers=2)))
     # Both CPUs are free again, or this would wait for ever.
-    assert len(list(run_tasks(squares(), range(4), ray="auto", workers=2))) == 4
+    assert len(list(run_tasks(squares(), range(4), Cluster("auto", workers=2)))) == 4
 
 
 def test_a_worker_that_dies_once_costs_nothing_but_time(ray, tmp_path):
@@ -206,7 +207,7 @@ def test_a_worker_that_dies_once_costs_nothing_but_time(ray, tmp_path):
 
         return work
 
-    found = sorted(run_tasks(make_worker, range(4), ray="auto", workers=2))
+    found = sorted(run_tasks(make_worker, range(4), Cluster("auto", workers=2)))
     assert died.exists()
     assert found == [(item, item * item) for item in range(4)]
 
@@ -226,7 +227,7 @@ def test_an_item_that_kills_every_worker_is_named(ray, tmp_path):
 
     found = []
     with pytest.raises(WorkerLostError, match=f"poison was lost {ATTEMPTS} times") as caught:
-        found.extend(run_tasks(make_worker, ["fine", "poison"], ray="auto", workers=1))
+        found.extend(run_tasks(make_worker, ["fine", "poison"], Cluster("auto", workers=1)))
     assert found == [("fine", "fine")], "what was done before is kept"
     assert caught.value.tries == ATTEMPTS
     assert log.read_text() == "x" * ATTEMPTS
@@ -238,9 +239,9 @@ def test_a_corpus_scored_on_ray_has_the_rows_of_one_scored_here(ray, tmp_path):
     texts = [f"The magic number of river {i} is {i * 37}. " * (1 + i % 3) for i in range(12)]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     rows = {}
-    for name, more in (("here", {}), ("ray", {"ray": "auto", "workers": 2})):
+    for name, cluster in (("here", Cluster()), ("ray", Cluster("auto", workers=2))):
         sizes = {"top": 1, "max_tokens": 32, "batch_tokens": 64}
-        assert score_corpus("bundled", measured, [data], tmp_path / name, **sizes, **more) == 12
+        assert score_corpus(ModelSpec(), measured, [data], tmp_path / name, **sizes, cluster=cluster) == 12
         rows[name] = sorted(read_rows(tmp_path / name), key=lambda row: row["key"])
     assert rows["ray"] == rows["here"]
 
@@ -252,8 +253,26 @@ def score_of_first_head():
     return Scores(values, ("layer", "head"), "by hand", ModelLens(model).identity)
 
 
+def test_workers_are_kept_from_run_to_run(ray, tmp_path):
+    log = tmp_path / "log"
+    with Pool(squares(log), Cluster("auto", workers=2)) as pool:
+        for _ in range(3):
+            assert sorted(pool.run(range(4))) == [(item, item * item) for item in range(4)]
+    assert log.read_text().split().count("made") == 2
+    # They are gone with the block, or this would wait for ever.
+    assert len(list(run_tasks(squares(), range(4), Cluster("auto", workers=2)))) == 4
+
+
+def test_a_run_that_is_left_early_leaves_a_pool_that_works(ray):
+    with Pool(squares(), Cluster("auto", workers=2)) as pool:
+        results = pool.run(range(100))
+        next(results)
+        results.close()
+        assert sorted(pool.run(range(4))) == [(item, item * item) for item in range(4)]
+
+
 def test_workers_that_fit_nowhere_are_refused_instead_of_waited_for(ray):
     with pytest.raises(InvalidInputError, match="2 CPUs and 0 GPUs"):
-        list(run_tasks(squares(), [1], ray="auto", gpus=1))
+        list(run_tasks(squares(), [1], Cluster("auto", gpus=1)))
     with pytest.raises(InvalidInputError, match="3 CPUs"):
-        list(run_tasks(squares(), [1], ray="auto", cpus=3))
+        list(run_tasks(squares(), [1], Cluster("auto", cpus=3)))

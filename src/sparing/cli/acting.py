@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.cluster import cluster_options
 from sparing.cli.options import model_options
 from sparing.errors import InvalidInputError, require
 
 if TYPE_CHECKING:
     from sparing.loading import ModelSpec
+    from sparing.scale.pool import Cluster
 
 SCORES = click.option(
     "--scores", default=None, type=click.Path(path_type=Path), help="A measurement of heads, from `sparing score`."
@@ -105,14 +107,11 @@ def ablate(
 @click.option("--length-matched", is_flag=True, help="Choose the same share among texts of like length.")
 @click.option("--max-tokens", default=4096, show_default=True, type=click.IntRange(2), help="Longer texts are cut.")
 @click.option("--batch-tokens", default=8192, show_default=True, type=click.IntRange(2))
-@click.option("--ray", default=None, help='Score on a Ray cluster: "auto", or its address.')
-@click.option("--workers", default=None, type=click.IntRange(1), help="On Ray: how many; by default as many as fit.")
-@click.option("--gpus", default=0.0, show_default=True, help="On Ray: GPUs per worker.")
+@cluster_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder of scores and chosen texts.")
 def corpus(
     spec: ModelSpec, scores: Path, top: str, data: tuple[Path, ...], domain: str | None, share: float,
-    length_matched: bool, max_tokens: int, batch_tokens: int, ray: str | None, workers: int | None, gpus: float,
-    out: Path,
+    length_matched: bool, max_tokens: int, batch_tokens: int, cluster: Cluster, out: Path,
 ) -> None:  # fmt: skip
     """Score the texts of a corpus by what retrieval heads do for them, and choose the best (AttentionInfluence)."""
     from sparing.cli.progress import ProgressBar
@@ -124,7 +123,7 @@ def corpus(
     with ProgressBar("scoring") as told:
         new = score_corpus(
             spec, measured, data, out, top=_number(top), domain=domain, max_tokens=max_tokens,
-            batch_tokens=batch_tokens, ray=ray, workers=workers, gpus=gpus,
+            batch_tokens=batch_tokens, cluster=cluster,
             progress=lambda done, what: told(done, 0, what),
         )  # fmt: skip
     click.echo(f"{new} texts scored now: {out / 'results.jsonl'}")

@@ -1,24 +1,33 @@
-"""Comparing methods and answering from a compressed cache: `sparing compare` and `sparing generate`."""
+"""Comparing methods: `sparing compare`."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.cluster import cluster_options
 from sparing.cli.options import model_options
+from sparing.cli.recipes import RECIPE, recipe_of
 from sparing.errors import InputFileError, InvalidInputError
 
 if TYPE_CHECKING:
-    from sparing.compare.sweep import Cell, Contestant, Sweep
-    from sparing.loading import Drafts, ModelSpec
+    from sparing.compare.cells import Cell, Contestant
+    from sparing.compare.observer import Observer
+    from sparing.compare.sweep import Sweep
+    from sparing.loading import ModelSpec
+    from sparing.recipe import Recipe
+    from sparing.scale.pool import Cluster
     from sparing.tasks import Task
 
 DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
+# What a recipe says already.
+OF_RECIPES = ("model", "method_text", "keep_text", "task_text", "lengths", "samples", "mode", "seed")
 
 
 @click.command()
@@ -30,66 +39,87 @@ DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
 @click.option("--samples", default=10, show_default=True, type=click.IntRange(1), help="Contexts per task and length.")
 @click.option("--mode", type=click.Choice(["both", "query-agnostic", "query-aware"]), default="both", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the tasks.")
+@RECIPE
+@click.option("--plan", is_flag=True, help="Read one context of each kind, say what all would take, and stop.")
+@click.option("--price", default=None, type=click.FloatRange(0), help="With --plan: of one worker for an hour.")
 @click.option("--out", default="results/compare", show_default=True, type=click.Path(path_type=Path))
+@cluster_options
+@click.pass_context
 def compare(
-    spec: ModelSpec, method_text: str, keep_text: str, task_text: str, lengths: str, samples: int, mode: str,
-    seed: int, out: Path,
+    context: click.Context, spec: ModelSpec, method_text: str, keep_text: str, task_text: str, lengths: str,
+    samples: int, mode: str, seed: int, recipe_file: Path | None, plan: bool, price: float | None, out: Path,
+    cluster: Cluster,
 ) -> None:  # fmt: skip
-    """Compare methods at several budgets on tasks, and write a report."""
+    """Compare methods at several budgets on tasks, and write a report.
+
+    With a recipe: run it on the work that it was measured on, and say whether its numbers hold.
+    """
+    from sparing.compare.cells import Contestant
+    from sparing.compare.observer import Observer
     from sparing.compare.store import ResultStore
     from sparing.compare.sweep import Sweep
-    from sparing.loading import Drafts
 
-    drafts = Drafts(spec)
-    contestants, tasks = _contestants(method_text, keep_text, drafts), _tasks(task_text)
-    cells = _cells(tasks, _lengths(lengths), mode)
-    if method_text == "all":
+    if price is not None and not plan:
+        raise InvalidInputError("price", price, "nothing without --plan")
+    recipe = recipe_of(context, recipe_file, OF_RECIPES)
+    if recipe is not None:
+        spec, seed = recipe.model, recipe.work["seed"]
+        contestants, cells = [Contestant(recipe.resolved, recipe.keep)], recipe_cells(recipe)
+    else:
+        contestants, cells = _contestants(method_text, keep_text), _cells(_tasks(task_text), lengths, mode, samples)
+    if method_text == "all" and recipe is None:
         _say_what_is_left_out()
-    loaded = spec.load()
-    drafts.check(loaded)
-    with ResultStore(out) as store:
+    with ResultStore(out) as store, Observer(spec, cells, seed, out, cluster) as observer:
         if store.repaired:
             click.echo(f"{store.file}: {store.repaired}", err=True)
-        sweep = Sweep(loaded, contestants, samples, seed, store)
-        _leave_out_refused(sweep, cells[0], explicit=method_text != "all")
+        contestants = _fit(observer, contestants, explicit=method_text != "all" or recipe is not None)
+        if plan:
+            _forecast(observer, contestants, price)
+            return
+        assert observer.facts is not None
         run = {"command": shlex.join(["sparing", *sys.argv[1:]]), "seed": seed, "model": spec.name}
-        run |= {"model_description": loaded.description, "samples": samples}
-        _run_and_report(sweep, cells, run)
+        run |= {"model_description": observer.facts.description, "samples": samples}
+        _run_and_report(Sweep(observer, contestants, store), run)
+        if recipe is not None:
+            _say_if_it_holds(recipe, store.rows())
 
 
-@click.command()
-@model_options
-@click.option("--method", "method_text", default="snapkv", show_default=True, help="See `sparing methods`.")
-@click.option("--keep", "keep_text", default="0.25", show_default=True, help='A budget: 0.25, 512 or "64MiB".')
-@click.option("--context", required=True, type=click.Path(path_type=Path), help="A text file.")
-@click.option("--question", required=True, help="Appended to the context, on a line of its own.")
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--query-aware", is_flag=True, help="Let the method see the question before it drops anything.")
-@click.option("--compare-full", is_flag=True, help="Answer from the full cache as well.")
-def generate(
-    spec: ModelSpec, method_text: str, keep_text: str, context: Path, question: str, max_new_tokens: int,
-    query_aware: bool, compare_full: bool,
-) -> None:  # fmt: skip
-    """Answer a question about a text from a compressed cache."""
-    from sparing.compare.ask import ask
-    from sparing.core.budget import parse_keep
-    from sparing.core.parsing import parse_method
-    from sparing.loading import Drafts
-    from sparing.tasks.user_files import read_text
+def recipe_cells(recipe: Recipe) -> list[Cell]:
+    """The cells on which a recipe was measured.
 
-    drafts = Drafts(spec)
-    method = parse_method(method_text, parse_keep(keep_text), drafts)
-    text = read_text(context, "it should hold the text that the question is about")
-    if not question.strip():
-        raise InvalidInputError("question", question, "some text")
-    loaded = spec.load()
-    drafts.check(loaded)
-    ask(loaded, method, text, question, max_new_tokens, query_aware, compare_full)
+    Raises:
+        InputFileError: a file of the user's own is another one now.
+    """
+    from sparing.compare.cells import Cell
+
+    cells = []
+    for each in recipe.work["cells"]:
+        task = task_named(each["task"])
+        if task.label != each["label"]:
+            problem = f"is not the file that the recipe was measured on (now {task.label}, then {each['label']})"
+            raise InputFileError(each["task"], problem)
+        cells.append(Cell(task, each["mode"], each["length"], tuple(each["contexts"])))
+    return cells
 
 
-def _contestants(method_text: str, keep_text: str, drafts: Drafts | None = None) -> list[Contestant]:
+def _say_if_it_holds(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> None:
+    """Compare the rows with what the recipe expects; exit code 1 if they differ."""
+    found = {(row["task"], row["mode"], row["length"]): row for row in rows if row["parameters"] == recipe.parameters}
+    differences = []
+    for cell in recipe.expected["cells"]:
+        row = found[cell["label"], cell["mode"], cell["length"]]
+        for name in ("score", "bytes_kept", "bytes_full"):
+            if abs(row[name] - cell[name]) > 1e-9:
+                differences.append(f"{cell['label']}: {name} is {row[name]:.6g}, the recipe says {cell[name]:.6g}")
+    if differences:
+        click.echo("the recipe's numbers do not hold here:\n" + "\n".join(differences), err=True)
+        sys.exit(1)
+    click.echo("the recipe's numbers hold: scores and bytes are the same")
+
+
+def _contestants(method_text: str, keep_text: str) -> list[Contestant]:
     """Every method at every budget; "full" may be named but always runs anyway."""
-    from sparing.compare.sweep import Contestant
+    from sparing.compare.cells import Contestant
     from sparing.core.budget import parse_keep
     from sparing.core.method import methods as registered
     from sparing.core.parsing import parse_method, split_methods
@@ -101,7 +131,11 @@ def _contestants(method_text: str, keep_text: str, drafts: Drafts | None = None)
     names = list(dict.fromkeys(name for name in names if name != "full"))
     if not keeps:
         raise InvalidInputError("keep", keep_text, 'at least one budget, such as "0.5,0.25"')
-    return [Contestant(name, parse_method(name, keep, drafts)) for name in names for keep in dict.fromkeys(keeps)]
+    found = [Contestant(name, keep) for name in names for keep in dict.fromkeys(keeps)]
+    for contestant in found:
+        if "draft=" not in contestant.name:  # what is no method is said before any model is loaded
+            parse_method(contestant.name, contestant.keep)
+    return found
 
 
 def _say_what_is_left_out() -> None:
@@ -134,68 +168,89 @@ def task_named(text: str) -> Task:
     return tasks.load_user_task(text) if is_file else tasks.get(text)
 
 
-def _lengths(text: str) -> list[int]:
+def _cells(tasks: list[Task], lengths: str, mode: str, samples: int) -> list[Cell]:
+    from sparing.compare.cells import MODES, cells_of
+
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in lengths.split(",") if part.strip()]
     except ValueError:
-        raise InvalidInputError("lengths", text, "whole numbers of tokens, comma-separated") from None
-
-
-def _cells(tasks: list[Task], lengths: list[int], mode: str) -> list[Cell]:
-    from sparing.compare.sweep import MODES, Cell
-
-    cells = []
-    for each in MODES:
-        if mode in ("both", each):
-            for task in tasks:
-                # A text of the user's own has the length that it has.
-                own: list[Any] = [None] if task.num_samples is not None else lengths
-                cells += [Cell(task, each, length) for length in own]
+        raise InvalidInputError("lengths", lengths, "whole numbers of tokens, comma-separated") from None
+    cells = cells_of(tasks, [each for each in MODES if mode in ("both", each)], numbers, samples)
     if not cells:
         raise InvalidInputError("lengths", "", "at least one number of tokens")
     return cells
 
 
-def _leave_out_refused(sweep: Sweep, cell: Cell, explicit: bool) -> None:
+def _fit(observer: Observer, contestants: list[Contestant], explicit: bool) -> list[Contestant]:
     """A method that was asked for by name and cannot work is an error; of "all" it is left out, and said so."""
-    refused = sweep.refusals(cell)
+    refused = observer.introduce(contestants)
     for contestant, error in refused.items():
         if explicit:
             raise error
-        click.echo(f"left out: {contestant.name} at {contestant.method.keep} ({error})", err=True)
-    sweep.contestants = [c for c in sweep.contestants if c not in refused]
+        click.echo(f"left out: {contestant.name} at {contestant.keep} ({error})", err=True)
+    return [c for c in contestants if c not in refused]
 
 
-def _run_and_report(sweep: Sweep, cells: list[Cell], run: dict[str, Any]) -> None:
+def _forecast(observer: Observer, contestants: list[Contestant], price: float | None) -> None:
+    """Print what the sweep would take with 1, 2, 4, ... workers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparing.compare.forecast import look_ahead
+
+    outlook = look_ahead(observer, contestants)
+    if not outlook.seconds:
+        click.echo("nothing is left to do: every context has been read")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("workers", "time", "worker hours", *(["cost"] if price is not None else [])):
+        table.add_column(heading, justify="right")
+    for each in outlook.choices():
+        hours = each.workers * each.seconds / 3600
+        cost = [f"{each.cost(price):.2f}"] if price is not None else []
+        table.add_row(str(each.workers), _duration(each.seconds), f"{hours:.3g}", *cost)
+    Console().print(table)
+    click.echo(
+        f"{len(outlook.seconds)} contexts are left, {sum(outlook.seconds):.3g} s of work as measured on one of each "
+        f"cell; a worker is ready after {outlook.ready:.1f} s. What was read is kept."
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+
+
+def _run_and_report(sweep: Sweep, run: dict[str, Any]) -> None:
     """Run with a progress bar; whatever happens, what was measured is on disk and can be gone on with."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from sparing.compare.environment import environment
+    from sparing.cli.progress import ProgressBar
     from sparing.compare.report import render_report
     from sparing.compare.store import write_json_atomic, write_text_atomic
     from sparing.compare.table import render_table
 
-    folder = sweep.store.folder
-    run = {**run, **environment(), "started": _now(), "finished": None}
+    folder, observer = sweep.store.folder, sweep.observer
+    assert observer.facts is not None
+    run = {**run, **observer.facts.environment, "started": _now(), "finished": None}
     write_json_atomic(folder / "run.json", run)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        todo = [cell for cell in cells if not sweep.is_done(cell)]
-        job = bar.add_task("reading", total=sum(sweep.contexts(cell) for cell in todo))
+    total, done = sum(len(observer.cells[number].contexts) for number in sweep.missing()), 0
+    with ProgressBar("reading") as told:
 
-        def progress(cell: Cell, done: int) -> None:
-            at = f"@{cell.length}" if cell.length else ""
-            bar.update(job, advance=1, description=f"{cell.task.label}{at} {cell.mode}")
+        def progress(cell: Cell) -> None:
+            nonlocal done
+            done += 1
+            told(done, total, f"{cell.label} {cell.mode}")
 
-        sweep.progress = progress
-        sweep.run(cells)
-    write_json_atomic(folder / "run.json", run | {"finished": _now()})
-    if sweep.example is not None:
-        write_json_atomic(folder / "examples.json", sweep.example)
+        observer.progress = progress
+        sweep.run()
+    run["finished"] = _now()
+    write_json_atomic(folder / "run.json", run)
+    if observer.example is not None:
+        write_json_atomic(folder / "examples.json", observer.example.facts | {"methods": observer.example.methods})
     rows = sweep.store.rows()
-    report = render_report(run | {"finished": _now()}, rows, _read_json(folder / "examples.json"))
-    write_text_atomic(folder / "report.html", report)
+    write_text_atomic(folder / "report.html", render_report(run, rows, _read_json(folder / "examples.json")))
     render_table(rows, Console())
     click.echo(f"report: {folder / 'report.html'}")
 
@@ -215,4 +270,4 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-COMMANDS = (compare, generate)
+COMMANDS = (compare,)

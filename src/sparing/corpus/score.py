@@ -15,7 +15,7 @@ from sparing.core.scores import Scores
 from sparing.corpus.reader import Record, find_shards, read_records
 from sparing.errors import InvalidInputError, OutputError, require
 from sparing.loading import ModelSpec
-from sparing.scale.pool import run_tasks
+from sparing.scale.pool import Cluster, run_tasks
 
 # Texts are grouped by length within windows of so many records, so that batches waste little on padding.
 WINDOW = 256
@@ -50,9 +50,7 @@ def score_corpus(
     domain: str | None = None,
     max_tokens: int = 4096,
     batch_tokens: int = 8192,
-    ray: str | None = None,
-    workers: int | None = None,
-    gpus: float = 0,
+    cluster: Cluster | None = None,
     progress: Callable[[int, str], None] = lambda done, what: None,
 ) -> int:
     """Score every text of a corpus; what is there already is not scored again.
@@ -63,7 +61,7 @@ def score_corpus(
     Args:
         spec: the model; loaded once per worker.
         heads: measured scores of heads; the `top` of them are made uniform.
-        ray, workers, gpus: see `scale.pool.run_tasks`.
+        cluster: where it is done; by default in this process.
         progress: told how many texts have been scored.
 
     Returns:
@@ -85,7 +83,7 @@ def score_corpus(
         _check_settings(store, mark)
         batches = _missing(_batches(read_records(shards, domain), max_tokens, batch_tokens), done)
         count = 0
-        for batch, rows in run_tasks(make_worker, batches, ray=ray, workers=workers, gpus=gpus):
+        for batch, rows in run_tasks(make_worker, batches, cluster):
             for row in rows:
                 if row["key"] not in done:
                     store.append(row | {"settings": mark})
