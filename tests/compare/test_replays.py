@@ -50,3 +50,13 @@ def test_a_fork_is_what_a_cache_of_its_own_would_be(engine):
     for fork, method in zip(forks, methods, strict=True):
         alone = run_method(tiny_model("llama", torch.float64), method, prompt)
         assert {share for layer in fork.plan.overlap(alone.cache.plan) for share in layer} == {1.0}
+
+
+def test_what_another_method_needs_is_not_among_a_methods_bytes(engine):
+    """KVzip needs the prompt's tokens, 4 or 8 bytes each; SnapKV and the full cache don't."""
+    ids = random_prompt(80).ids[0].tolist()
+    alone, together = engine.read(ids, [SnapKV(0.5), FULL]), engine.read(ids, [KVzip(0.5), SnapKV(0.5), FULL])
+    for method in (SnapKV(0.5), FULL):
+        held = [engine.compress(reading, method).cache.bytes_kept for reading in (alone, together)]
+        assert held[0] == held[1]
+    assert engine.compress(together, KVzip(0.5)).cache.tape.ids is not None

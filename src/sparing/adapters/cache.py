@@ -309,6 +309,8 @@ class EvictingCache(Cache):
             seen = self.evicting[0].seen
             replay(self, method.parts().scorer, seen if self.prompt_length is None else min(seen, self.prompt_length))
         child = self._copy(method)
+        if method.keeps_all or not method.parts().scorer.replays:
+            child.tape.cut(0)  # written for another's scorer: not among the bytes of this method
         child.is_reading = not method.keeps_all
         child.prompt_length = self.prompt_length
         if child.is_reading:

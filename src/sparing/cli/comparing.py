@@ -66,7 +66,8 @@ def compare(
         spec, seed = recipe.model, recipe.work["seed"]
         contestants, cells = [Contestant(recipe.resolved, recipe.keep)], recipe_cells(recipe)
     else:
-        contestants, cells = _contestants(method_text, keep_text), _cells(_tasks(task_text), lengths, mode, samples)
+        tasks = [task for _, task in split_tasks(task_text)]
+        contestants, cells = _contestants(method_text, keep_text), _cells(tasks, lengths, mode, samples)
     if method_text == "all" and recipe is None:
         _say_what_is_left_out()
     with ResultStore(out) as store, Observer(spec, cells, seed, out, cluster) as observer:
@@ -150,14 +151,14 @@ def _say_what_is_left_out() -> None:
             click.echo(f"left out: {info.name} (needs a measurement: {how})", err=True)
 
 
-def _tasks(text: str) -> list[Task]:
-    """Tasks by name or file, comma-separated."""
+def split_tasks(text: str) -> list[tuple[str, Task]]:
+    """Tasks by name or file, comma-separated, each beside its text."""
     from sparing import tasks
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise InvalidInputError("tasks", text, "at least one of " + ", ".join(tasks.names()))
-    return [task_named(part) for part in parts]
+    return [(part, task_named(part)) for part in parts]
 
 
 def task_named(text: str) -> Task:
@@ -171,14 +172,19 @@ def task_named(text: str) -> Task:
 def _cells(tasks: list[Task], lengths: str, mode: str, samples: int) -> list[Cell]:
     from sparing.compare.cells import MODES, cells_of
 
-    try:
-        numbers = [int(part) for part in lengths.split(",") if part.strip()]
-    except ValueError:
-        raise InvalidInputError("lengths", lengths, "whole numbers of tokens, comma-separated") from None
-    cells = cells_of(tasks, [each for each in MODES if mode in ("both", each)], numbers, samples)
+    modes = [each for each in MODES if mode in ("both", each)]
+    cells = cells_of(tasks, modes, whole_numbers("lengths", lengths), samples)
     if not cells:
         raise InvalidInputError("lengths", "", "at least one number of tokens")
     return cells
+
+
+def whole_numbers(what: str, text: str) -> list[int]:
+    """Comma-separated."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InvalidInputError(what, text, "whole numbers of tokens, comma-separated") from None
 
 
 def _fit(observer: Observer, contestants: list[Contestant], explicit: bool) -> list[Contestant]:

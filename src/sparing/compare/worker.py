@@ -70,7 +70,7 @@ class Facts:
     """What a worker says of its model.
 
     Attributes:
-        fingerprint, description, max_length: see `LoadedModel`.
+        fingerprint, description, max_length: see `LoadedModel`. element_bits: of a number in its own cache.
         parameters: of each contestant in its order, its method with all its values.
         refused: why those that can't work here can't; None for the others.
         environment: versions and hardware of the worker.
@@ -79,6 +79,7 @@ class Facts:
     fingerprint: str
     description: str
     max_length: int | None
+    element_bits: int
     parameters: list[str]
     refused: list[MethodRefusedError | None]
     environment: dict[str, Any] = field(default_factory=dict)
@@ -134,7 +135,10 @@ class ContextWorker:
                 else:
                     refused.append(None)
         model, parameters = self.loaded, [repr(self._made[contestant]) for contestant in item.contestants]
-        return Facts(model.fingerprint, model.description, model.max_length, parameters, refused, environment())
+        bits = 8 * model.model.dtype.itemsize
+        return Facts(
+            model.fingerprint, model.description, model.max_length, bits, parameters, refused, environment()
+        )  # fmt: skip
 
     def _run(self, job: Job) -> Done:
         began = time.perf_counter()
