@@ -6,6 +6,7 @@ import hashlib
 import math
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -69,30 +70,65 @@ def score(
     """
     scorer = parse_scorer(scorer) if isinstance(scorer, str) else scorer
     require(isinstance(scorer, HeadScorer), "scorer", scorer, "a scorer or the name of one")
-    require(samples >= 1, "samples", samples, "a whole number >= 1")
-    require(batch_size >= 1, "batch_size", batch_size, "a whole number >= 1")
-    require(max_seconds > 0, "max_seconds", max_seconds, "a number above 0")
     lens = ModelLens(model, tokenizer, name)
-    kind = scorer.info.data
-    made = data is None and kind != "none"
-    if made:
-        if tokenizer is None:
-            raise InvalidInputError(
-                "tokenizer", None, f"the model's tokenizer: {scorer.info.name} makes {kind} samples"
-            )
-        fits = lens.max_length is None or length <= lens.max_length
-        require(fits, "length", length, f"at most the model's {lens.max_length} positions")
-        data = MAKERS[kind](tokenizer, samples, length, seed)
-    if data is not None and not len(data):
-        raise InvalidInputError("data", "no samples", "at least one")
-    run = Run(data or (), batch_size, seed, stop or StopRule(), max_seconds, progress or Run.progress)
+    settings = Settings(samples, length, seed, batch_size, stop or StopRule(), max_seconds)
+    run, described = prepare(scorer, lens, data, settings, progress or Run.progress)
     was_training = model.training
     model.eval()
     try:
         measured = scorer.measure(lens, run)
     finally:
         model.train(was_training)
-    return finish(scorer, lens, measured, _described(kind, run, made, length), environment=_environment())
+    return finish(scorer, lens.identity, measured, described, environment=environment())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a measurement is carried out, see `score`.
+
+    Raises:
+        InvalidInputError: one of the numbers is out of range.
+    """
+
+    samples: int = 16
+    length: int = 512
+    seed: int = 0
+    batch_size: int = 8
+    stop: StopRule = field(default_factory=StopRule)
+    max_seconds: float = math.inf
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 1, "samples", self.samples, "a whole number >= 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number >= 1")
+        require(self.max_seconds > 0, "max_seconds", self.max_seconds, "a number above 0")
+
+
+def prepare(
+    scorer: HeadScorer,
+    lens: ModelLens,
+    data: Sequence[Any] | None,
+    settings: Settings,
+    progress: Callable[[int, int, str], None] = Run.progress,
+) -> tuple[Run, dict[str, Any]]:
+    """What a scorer is run on, made offline if it is not given; and how the result will call it.
+
+    Raises:
+        InvalidInputError: no tokenizer where one is needed, no samples, or samples longer than the model allows.
+    """
+    kind, length = scorer.info.data, settings.length
+    made = data is None and kind != "none"
+    if made:
+        if lens.tokenizer is None:
+            raise InvalidInputError(
+                "tokenizer", None, f"the model's tokenizer: {scorer.info.name} makes {kind} samples"
+            )
+        fits = lens.max_length is None or length <= lens.max_length
+        require(fits, "length", length, f"at most the model's {lens.max_length} positions")
+        data = MAKERS[kind](lens.tokenizer, settings.samples, length, settings.seed)
+    if data is not None and not len(data):
+        raise InvalidInputError("data", "no samples", "at least one")
+    run = Run(data or (), settings.batch_size, settings.seed, settings.stop, settings.max_seconds, progress)
+    return run, _described(kind, run, made, length)
 
 
 def calibrate(
@@ -136,7 +172,8 @@ def _described(kind: str, run: Run, made: bool, length: int) -> dict[str, Any]:
     return {"kind": kind, "samples": len(run.samples), "seed": run.seed, "fingerprint": digest} | origin
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Versions and the time, for the result."""
     return {
         "sparing": sparing.__version__,
         "torch": torch.__version__,

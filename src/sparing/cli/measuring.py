@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sparing.cli.cluster import cluster_options
 from sparing.cli.options import model_options
 from sparing.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from sparing.loading import ModelSpec
+    from sparing.scale.pool import Cluster
 
 
 @click.command()
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
 @click.option("--html", default=None, type=click.Path(path_type=Path), help="A page that shows the measurement.")
 @click.option("--png", default=None, type=click.Path(path_type=Path), help="The same as a picture (needs matplotlib).")
 @click.option("--against", default=None, type=click.Path(path_type=Path), help="Another measurement to compare with.")
+@cluster_options
 def score(
     spec: ModelSpec, scorer: str, data: Path | None, samples: int | None, length: int, seed: int, batch_size: int,
     patience: int, max_seconds: float, out: Path, html: Path | None, png: Path | None, against: Path | None,
+    cluster: Cluster,
 ) -> None:  # fmt: skip
     """Measure heads, layers or positions of a model, and save the result for other commands."""
     from sparing.cli.progress import ProgressBar
@@ -55,21 +59,14 @@ def score(
         from sparing.compare.measurement.png import require_matplotlib
 
         require_matplotlib()
-    from sparing.adapters.lens import ModelLens
-    from sparing.scoring import score as measure
-    from sparing.tasks.probe_files import load_samples
+    from sparing.scale.scores import Measurement, measure
+    from sparing.scoring import Settings
 
-    loaded = spec.load()
-    if other is not None:
-        other.check_model(ModelLens(loaded.model).identity)
-    given = load_samples(parsed.info.data, data, loaded.tokenizer) if data is not None else None
-    given = given[:samples] if given is not None else None
+    settings = Settings(samples or 16, length, seed, batch_size, StopRule(patience=patience), max_seconds)
+    measurement = Measurement(spec, parsed, settings, data, cut=samples is not None)
+    check = other.check_model if other is not None else lambda identity: None
     with ProgressBar(parsed.info.name) as told:
-        found = measure(
-            loaded.model, parsed, loaded.tokenizer, given, samples=samples or 16, length=length, seed=seed,
-            batch_size=batch_size, stop=StopRule(patience=patience), max_seconds=max_seconds, progress=told,
-            name=spec.name,
-        )  # fmt: skip
+        found = measure(measurement, cluster, check, told)
     found.save(out)
     _print(found, other)
     click.echo(f"scores: {out}")

@@ -7,7 +7,7 @@ import importlib
 import math
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from sparing.core.lens import Lens
 from sparing.core.recipe_text import build, parse_call
 from sparing.core.samples import DataKind
-from sparing.core.scores import Scores, count_of
+from sparing.core.scores import ModelIdentity, Scores, count_of
 from sparing.errors import InvalidInputError, UnknownNameError
 
 Family = Literal["retrieval", "attention", "causal", "learned"]
@@ -107,9 +107,13 @@ class MeanScorer(HeadScorer):
 
     def measure(self, lens: Lens, run: Run) -> Measured:
         """See `HeadScorer.measure`: the mean over samples, with its standard error, until the stop rule holds."""
+        return self.average(run, (self.observe(lens, batch) for batch in run.batches()))
+
+    def average(self, run: Run, observed: Iterable[Tensor]) -> Measured:
+        """The mean over what was observed of the run's batches, in their order, until the stop rule holds."""
         mean, began, notes = RunningMean(run.stop), time.monotonic(), []
-        for batch in run.batches():
-            for row in self.observe(lens, batch):
+        for rows in observed:
+            for row in rows:
                 mean.add(row)
             run.progress(mean.seen, len(run.samples), f"{mean.n} counted")
             if mean.is_settled:
@@ -220,10 +224,12 @@ def parse_scorer(text: str) -> HeadScorer:
     return made
 
 
-def finish(scorer: HeadScorer, lens: Lens, measured: Measured, data: Mapping[str, Any], **more: Any) -> Scores:
+def finish(
+    scorer: HeadScorer, model: ModelIdentity, measured: Measured, data: Mapping[str, Any], **more: Any
+) -> Scores:
     """What was measured, with everything that says how."""
     parameters = {f.name: getattr(scorer, f.name) for f in dataclasses.fields(scorer)}  # type: ignore[arg-type]
     return Scores(
-        measured.values.float().cpu(), scorer.info.axes, scorer.info.name, lens.identity, parameters, data, measured.n,
+        measured.values.float().cpu(), scorer.info.axes, scorer.info.name, model, parameters, data, measured.n,
         measured.standard_error, measured.labels, measured.extras, measured.notes, **more,
     )  # fmt: skip
