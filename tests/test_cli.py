@@ -136,7 +136,7 @@ BAD = {
     "too short": (["compare", "--lengths", "20", "--tasks", "needle_single"], "at least"),
     "no lengths": (["compare", "--lengths", ""], "lengths"),
     "lengths that are no numbers": (["compare", "--lengths", "1k"], "whole numbers"),
-    "no model": (["compare", "--model", "no/such/folder"], "could not be loaded"),
+    "no model": (["compare", "--model", "no/such/folder"], "no such folder"),
     "samples": (["compare", "--samples", "0"], "samples"),
     "no such option": (["compare", "--keeep", "1"], "--keep"),
     "no such file": (["generate", "--context", "missing.txt", "--question", "Why?"], "missing.txt"),

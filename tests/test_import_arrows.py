@@ -39,7 +39,11 @@ FORBIDDEN = {
 }  # fmt: skip
 
 # The registry walks the methods package on first use, so that a method is registered in its own file alone.
-ALLOWED = {("sparing.core.method", "sparing.methods"), ("sparing.core.head_scorer", "sparing.methods")}
+ALLOWED = {
+    ("sparing.core.method", "sparing.methods"),
+    ("sparing.core.head_scorer", "sparing.methods"),
+    ("sparing.core.ranker", "sparing.methods"),
+}
 
 TRANSFORMERS = (
     "sparing.adapters", "sparing.session", "sparing.scoring", "sparing.loading", "sparing.models", "sparing.compare",

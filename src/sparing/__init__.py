@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _HOME = {
     "use": "sparing.session",
@@ -91,6 +91,13 @@ _HOME = {
     "FullHeads": "sparing.core.allocate_heads",
     "RazorAttention": "sparing.methods.kv.razor_attention",
     "load": "sparing.recipe",
+    "position_invariant": "sparing.segments",
+    "rerank": "sparing.reranking",
+    "rerank_many": "sparing.reranking",
+    "reorder_for_long_context": "sparing.reranking",
+    "ICR": "sparing.methods.rerank.icr",
+    "QRHeadRanker": "sparing.methods.rerank.qrhead",
+    "FIRST": "sparing.methods.rerank.first",
     "Recipe": "sparing.recipe",
     "DuoAttention": "sparing.methods.kv.duo_attention",
     "HeadKV": "sparing.methods.kv.headkv",

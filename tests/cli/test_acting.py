@@ -117,7 +117,7 @@ BAD_EDIT = {
     "no such scores": ({"--heads": None, "--scores": "missing", "--top": "1"}, "missing"),
     "scores of another model": ({"--heads": None, "--scores": "{other}", "--top": "1"}, "5 attention layers"),
     "scores of layers": ({"--heads": None, "--scores": "{layers}", "--top": "1"}, "layer × head"),
-    "no model": ({"--model": "no/such/folder"}, "could not be loaded"),
+    "no model": ({"--model": "no/such/folder"}, "no such folder"),
     "a folder with something in it": ({"--out": "full"}, "exists already"),
     "a folder that is a file": ({"--out": "full/kept.txt"}, "exists already"),
 }
@@ -205,7 +205,7 @@ BAD_ABLATE = {
     "no such file": ({"task": "missing.jsonl"}, "missing.jsonl"),
     "a file without answers": ({"task": "free.txt"}, "add the answers"),
     "unknown kind": ({"kind": "noise"}, "--kind"),
-    "no model": ({"model": "no/such/folder"}, "could not be loaded"),
+    "no model": ({"model": "no/such/folder"}, "no such folder"),
 }
 
 

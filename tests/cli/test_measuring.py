@@ -138,7 +138,7 @@ BAD_SCORE = {
     "time that is no number": ({"--max-seconds": "nan"}, "max_seconds: got nan"),
     "dtype": ({"--dtype": "int8"}, "bfloat16"),
     "device": ({"--device": "abacus"}, "device: got 'abacus'"),
-    "no model": ({"--model": "no/such/folder"}, "could not be loaded"),
+    "no model": ({"--model": "no/such/folder"}, "no such folder"),
     "no data": ({"--data": "missing.txt"}, "missing.txt"),
     "nothing to compare with": ({"--against": "missing.safetensors"}, "missing.safetensors"),
     "one sample only": ({"--scorer": "residual_patching", "--length": "64"}, "exactly 1"),

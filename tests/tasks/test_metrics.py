@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 import random
+import time
+from functools import cache
 from statistics import mean
 
 import pytest
 
-from sparing.errors import InvalidInputError
-from sparing.tasks import bootstrap, context_means, wilson
-from sparing.tasks.metrics import METRICS, contains, contains_any, exact, prefix_words, word_f1
+from sparing.errors import InvalidInputError, UnknownNameError
+from sparing.tasks import bootstrap, context_means, metrics, wilson
+from sparing.tasks.metrics import (
+    METRICS,
+    contains,
+    contains_any,
+    exact,
+    longest_common,
+    metric_name,
+    prefix_words,
+    regex,
+    rouge_l,
+    word_f1,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +88,83 @@ def test_word_f1():
     assert word_f1("to to to", ("to be",)) == pytest.approx(2 / 5)
     assert word_f1("It slept, the CAT!", ("the cat, it slept",)) == 1
     assert word_f1("", ("x",)) == 0 == word_f1("x", ("",))
+
+
+def lcs(first, second):
+    """The longest common subsequence as it is defined, by recursion on the last words."""
+
+    @cache
+    def length(i, j):
+        if i == 0 or j == 0:
+            return 0
+        if first[i - 1] == second[j - 1]:
+            return length(i - 1, j - 1) + 1
+        return max(length(i - 1, j), length(i, j - 1))
+
+    return length(len(first), len(second))
+
+
+def pairs_of_texts(count, words, longest):
+    rng = random.Random(count)
+    for _ in range(count):
+        yield tuple(" ".join(rng.choices(words, k=rng.randrange(longest))) for _ in range(2))
+
+
+def test_longest_common_subsequence():
+    for first, second in pairs_of_texts(400, "abcde", 40):
+        assert longest_common(first.split(), second.split()) == lcs(tuple(first.split()), tuple(second.split()))
+    # Words that repeat, and a first text longer than a machine word.
+    assert longest_common(["a"] * 200, ["a", "b"] * 70) == 70
+    assert longest_common([], ["a"]) == 0 == longest_common(["a"], [])
+
+
+def test_rouge_l():
+    # "the cat ... it" of 4 and 5 words: 2 * 3 / (4 + 5).
+    assert rouge_l("The cat, it sat.", ("it: the cat and it",)) == pytest.approx(6 / 9)
+    assert rouge_l("b a", ("a b",)) == 0.5 != word_f1("b a", ("a b",))
+    assert rouge_l("x y", ("a b", "x y")) == 1
+    assert rouge_l("", ("x",)) == 0 == rouge_l("x", ("",)) == rouge_l("x", ())
+
+
+def test_rouge_l_is_what_the_reference_package_says():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="needs the package rouge-score").RougeScorer(
+        ["rougeL"]
+    )
+    for output, answer in pairs_of_texts(200, ["a", "B", "c3", "it's", "the", "dog."], 30):
+        assert rouge_l(output, (answer,)) == pytest.approx(scorer.score(answer, output)["rougeL"].fmeasure, abs=1e-12)
+
+
+def test_rouge_l_of_long_texts_takes_no_time():
+    rng = random.Random(0)
+    first, second = (" ".join(str(rng.randrange(2000)) for _ in range(10_000)) for _ in range(2))
+    began = time.process_time()
+    assert 0 < rouge_l(first, (second,)) < 1
+    assert time.process_time() - began < 2  # a table of 10,000 by 10,000 takes a minute
+
+
+def test_regex():
+    assert regex("on 3 May", (r"\b\d+ May\b", "June")) == 0.5
+    assert regex("On 3 may", (r"may",)) == 1 == regex("On 3 MAY", ("(?i)may",))
+    assert regex("On 3 MAY", ("may",)) == 0
+    assert regex("a\nb", ("^b$",)) == 0 < regex("a\nb", ("(?m)^b$",))
+    assert regex(" \n", (".*",)) == 0 == regex("x", ())
+    with pytest.raises(InvalidInputError, match="regular expression"):
+        regex("x", ("(",))
+
+
+def test_a_pattern_that_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr(metrics, "PATTERN_SECONDS", 0.05)
+    began = time.process_time()
+    with pytest.raises(InvalidInputError, match=r"within 0.05 s in 4001 characters"):
+        regex("a" * 4000 + "c", ("(a+)+b",))
+    assert time.process_time() - began < 1
+
+
+def test_metric_names():
+    assert metric_name("f1") == "word_f1"
+    assert [metric_name(name) for name in METRICS] == list(METRICS)
+    with pytest.raises(UnknownNameError, match="did you mean rouge_l"):
+        metric_name("rouge-l")
 
 
 def test_all_metrics_stay_in_range():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from dataclasses import FrozenInstanceError
 
 import pytest
 
 from sparing import tasks
-from sparing.errors import InvalidInputError, UnknownNameError
+from sparing.errors import InputFileError, InvalidInputError, UnknownNameError
 from sparing.tasks.metrics import METRICS
 from sparing.tasks.registry import task
 
@@ -69,3 +71,54 @@ def test_bad_options_are_refused(label):
 def test_a_name_is_given_once():
     with pytest.raises(AssertionError, match="copy"):
         task("copy")(type(tasks.get("copy")))
+
+
+def test_what_the_command_line_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("Ada came.\nQ: Who?\nA: Ada\n")
+    (tmp_path / "scoring.py").write_text("def judge(output, answers):\n    return 1\n")
+    (tmp_path / "a:b=c.txt").write_text("Ada came.\nQ: Who?\nA: Ada\n")
+    assert tasks.named("needle_single:haystack=noise") == tasks.get("needle_single", haystack="noise")
+    assert tasks.named("notes.txt") == tasks.load_user_task("notes.txt")
+    assert tasks.named(f"{tmp_path}/notes.txt:metric=f1") == tasks.load_user_task("notes.txt", metric="word_f1")
+    assert tasks.named("notes.txt:metric=scoring.py::judge").metric == "scoring.py::judge"
+    assert (
+        tasks.named("notes.txt:metric=./scoring.py::judge").label
+        == tasks.named("notes.txt:metric=scoring.py::judge").label
+    )
+    assert tasks.named("a:b=c.txt").stem == "a:b=c"
+    assert tasks.named("notes.txt", chat=True).chat
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "problem"),
+    [
+        ("notes.txt:f1", InvalidInputError, "option=value"),
+        ("notes.txt:metrics=f1", UnknownNameError, "did you mean metric"),
+        ("notes.txt:metric=bleu", UnknownNameError, "unknown metric"),
+        ("notes.txt:metric=none.py::judge", InputFileError, "none.py: cannot be read"),
+        ("none.txt:metric=f1", InputFileError, "none.txt: cannot be read"),
+        ("needle_singel", UnknownNameError, "needle_single"),
+        ("notes", UnknownNameError, "unknown task"),
+    ],
+)
+def test_what_names_nothing_is_refused(tmp_path, monkeypatch, text, kind, problem):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("Ada came.\nQ: Who?\nA: Ada\n")
+    with pytest.raises(kind, match=problem):
+        tasks.named(text)
+
+
+def test_generated_tasks_are_not_asked_as_chats():
+    for text in ("needle_single", "lm_eval:niah_single_1"):
+        with pytest.raises(InvalidInputError, match="a file of your own"):
+            tasks.named(text, chat=True)
+
+
+def test_tasks_of_the_harness_are_made_by_their_own_module(monkeypatch):
+    asked = []
+    module = types.ModuleType("sparing.lm_eval.tasks")
+    module.load = lambda name: asked.append(name) or tasks.get("copy")
+    monkeypatch.setitem(sys.modules, "sparing.lm_eval.tasks", module)
+    assert tasks.named("lm_eval:niah_single_1:length=1024").name == "copy"
+    assert asked == ["niah_single_1:length=1024"]

@@ -57,7 +57,7 @@ def test_several_answers_are_all_wanted_unless_said_otherwise(write):
     question = task.sample(Letters()).questions[0]
     assert question.answers == ("Ada", "Grace")
     assert task.score(question, " Ada.") == 0.5
-    assert either.score(question, " Ada.") == 1.0
+    assert either.score(either.sample(Letters()).questions[0], " Ada.") == 1.0
 
 
 def test_reference_of_the_full_cache_is_judged_by_its_words(write):
@@ -145,6 +145,14 @@ def test_own_length_only(write):
         ("a.jsonl", row(answers=[]), "line 1 has no answer"),
         ("a.jsonl", row(answers=["a", 3]), "line 1: answers"),
         ("a.jsonl", row(context="\ud800"), "surrogate"),
+        ("a.jsonl", row() + "\n" + row(metric="rouge"), "line 2: unknown metric 'rouge', allowed is one of"),
+        ("a.jsonl", row(metric=3), "line 1: metric is 3"),
+        ("a.jsonl", row(metric="scoring.py::judge"), "line 1: unknown metric"),
+        ("a.jsonl", row(max_new_tokens=0), "line 1: max_new_tokens is 0"),
+        ("a.jsonl", row(max_new_tokens=True), "line 1: max_new_tokens is True"),
+        ("a.jsonl", row(max_new_tokens="12"), "line 1: max_new_tokens is '12'"),
+        ("a.jsonl", row(metric="regex", answers=["ok", "(a"]), r"line 1: '\(a' is not a regular expression"),
+        ("a.jsonl", row() + "\n" + row(metric="regex", answers=None), "line 2 has no answer; regex needs a pattern"),
     ],
 )
 def test_bad_files_say_what_and_where(write, name, content, problem):
@@ -155,6 +163,39 @@ def test_bad_files_say_what_and_where(write, name, content, problem):
     assert "\n" not in str(refused.value)
     assert refused.value.__cause__ is None
     assert refused.value.__suppress_context__ or not refused.value.__context__
+
+
+def test_patterns_of_a_whole_file_are_checked(write):
+    path = write("a.txt", "text\nQ: Who?\nA: Ada\nQ: When?\nA: [0-9\n")
+    with pytest.raises(InputFileError, match=r"line 4: '\[0-9' is not a regular expression"):
+        load_user_task(path, metric="regex")
+    assert load_user_task(path).num_samples == 1
+    with pytest.raises(InputFileError, match="line 2 has no answer"):
+        load_user_task(write("b.txt", "text\nQ: Who?\n"), metric="regex")
+
+
+def test_rows_name_their_own_metric_and_limit(write):
+    lines = [
+        row(answers="Ada came home", metric="f1"),
+        row(answers="Ada came home", metric="rouge_l", max_new_tokens=128),
+        row(answers="A.a", metric="regex"),
+        row(question=["When?", "Where?"], answers=["on Monday", "at home"], max_new_tokens=3),
+        row(answers=None),
+        row(answers=None, metric="rouge_l"),
+    ]
+    task = load_user_task(write("mine.jsonl", "\n".join(lines)))
+    questions = task.sample(Letters()).questions
+    assert [q.metric for q in questions] == [
+        "word_f1", "rouge_l", "regex", "contains", "contains", "word_f1", "rouge_l",
+    ]  # fmt: skip
+    assert task.metric == "word_f1, rouge_l, regex, contains"
+    assert [q.max_new_tokens for q in questions[1:]] == [128, 64, 3, 3, 64, 64]
+    assert [q.one_line for q in questions] == [True, False, True, True, True, True, False]
+    assert [task.score(q, "home came Ada") for q in questions[:4]] == [1, pytest.approx(1 / 3), 1, 0]
+    full = [replace(q, answers=("Ada came home",)) for q in questions[5:]]
+    assert [task.score(q, "home came Ada") for q in full] == [1, pytest.approx(1 / 3)]
+    plain = load_user_task(write("plain.jsonl", row(answers=None)), metric="contains")
+    assert plain.metric == "word_f1"  # what is really judged by
 
 
 def test_unreadable_paths(tmp_path):

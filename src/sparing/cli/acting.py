@@ -70,12 +70,12 @@ def ablate(
 ) -> None:  # fmt: skip
     """Take heads away, best-scored first, and see what a task loses: the ablation curve."""
     from sparing.adapters.lens import ModelLens
-    from sparing.cli.comparing import task_named
     from sparing.cli.progress import ProgressBar
     from sparing.compare.ablation_curve import ablation_curve
     from sparing.core.scores import Scores
+    from sparing.tasks import named
 
-    measured, task = Scores.load(scores), task_named(task_name)
+    measured, task = Scores.load(scores), named(task_name)
     loaded = spec.load()
     measured.check_model(ModelLens(loaded.model).identity)
     with ProgressBar("ablating") as told:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparing.cli.cluster import cluster_options
-from sparing.cli.options import model_options
+from sparing.cli.options import chat_option, model_options
 from sparing.cli.recipes import RECIPE, recipe_of
 from sparing.errors import InputFileError, InvalidInputError
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
 # What a recipe says already.
-OF_RECIPES = ("model", "method_text", "keep_text", "task_text", "lengths", "samples", "mode", "seed")
+OF_RECIPES = ("model", "chat", "method_text", "keep_text", "task_text", "lengths", "samples", "mode", "seed")
 
 
 @click.command()
 @model_options
+@chat_option
 @click.option("--methods", "method_text", default="all", show_default=True, help="Names, comma-separated.")
 @click.option("--keep", "keep_text", default="0.5,0.25", show_default=True, help='Budgets: 0.25, 512 or "64MiB".')
 @click.option("--tasks", "task_text", default=DEFAULT_TASKS, show_default=True, help="Names, or files of your own.")
@@ -66,7 +67,7 @@ def compare(
         spec, seed = recipe.model, recipe.work["seed"]
         contestants, cells = [Contestant(recipe.resolved, recipe.keep)], recipe_cells(recipe)
     else:
-        tasks = [task for _, task in split_tasks(task_text)]
+        tasks = [task for _, task in split_tasks(task_text, spec.chat)]
         contestants, cells = _contestants(method_text, keep_text), _cells(tasks, lengths, mode, samples)
     if method_text == "all" and recipe is None:
         _say_what_is_left_out()
@@ -92,10 +93,11 @@ def recipe_cells(recipe: Recipe) -> list[Cell]:
         InputFileError: a file of the user's own is another one now.
     """
     from sparing.compare.cells import Cell
+    from sparing.tasks import named
 
     cells = []
     for each in recipe.work["cells"]:
-        task = task_named(each["task"])
+        task = named(each["task"], recipe.model.chat)
         if task.label != each["label"]:
             problem = f"is not the file that the recipe was measured on (now {task.label}, then {each['label']})"
             raise InputFileError(each["task"], problem)
@@ -151,22 +153,14 @@ def _say_what_is_left_out() -> None:
             click.echo(f"left out: {info.name} (needs a measurement: {how})", err=True)
 
 
-def split_tasks(text: str) -> list[tuple[str, Task]]:
-    """Tasks by name or file, comma-separated, each beside its text."""
+def split_tasks(text: str, chat: bool) -> list[tuple[str, Task]]:
+    """Tasks by name or file, comma-separated, each beside its text; see `tasks.named`."""
     from sparing import tasks
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise InvalidInputError("tasks", text, "at least one of " + ", ".join(tasks.names()))
-    return [(part, task_named(part)) for part in parts]
-
-
-def task_named(text: str) -> Task:
-    """A registered task by name; anything with a dot or a slash is a file of the user's own."""
-    from sparing import tasks
-
-    is_file = Path(text).suffix != "" or "/" in text
-    return tasks.load_user_task(text) if is_file else tasks.get(text)
+    return [(part, tasks.named(part, chat)) for part in parts]
 
 
 def _cells(tasks: list[Task], lengths: str, mode: str, samples: int) -> list[Cell]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparing.cli.options import model_options
+from sparing.cli.options import chat_option, model_options
 from sparing.cli.recipes import RECIPE, recipe_of
 from sparing.errors import InvalidInputError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_options
+@chat_option
 @click.option("--method", "method_text", default="snapkv", show_default=True, help="See `sparing methods`.")
 @click.option("--keep", "keep_text", default="0.25", show_default=True, help='A budget: 0.25, 512 or "64MiB".')
 @RECIPE
@@ -37,7 +38,7 @@ def generate(
     from sparing.loading import Drafts
     from sparing.tasks.user_files import read_text
 
-    recipe = recipe_of(context, recipe_file, ("model", "method_text", "keep_text"))
+    recipe = recipe_of(context, recipe_file, ("model", "chat", "method_text", "keep_text"))
     drafts = Drafts(spec)
     method = recipe.method if recipe is not None else parse_method(method_text, parse_keep(keep_text), drafts)
     text = read_text(context_file, "it should hold the text that the question is about")

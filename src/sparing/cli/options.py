@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
@@ -11,9 +12,13 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _MODEL_OPTIONS = (
-    click.option("--model", default="bundled", show_default=True, help='"bundled", a folder, or a name on the Hub.'),
+    click.option(
+        "--model", default="bundled", show_default=True, help='"bundled", a folder, or NAME[@REVISION] on the Hub.'
+    ),
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
     click.option("--device", default=None, help="cpu, cuda, ...; by default a GPU if there is one."),
+    click.option("--device-map", default=None, help="Spread a large model over devices and disk: auto, balanced, ..."),
+    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model."),
 )
 
 
@@ -21,11 +26,23 @@ def model_options(command: Command) -> Command:
     """Options that say which model and how it is loaded; the command gets them as one `spec`, a `ModelSpec`."""
 
     @functools.wraps(command)
-    def with_spec(model: str, dtype: str, device: str | None, **others: Any) -> Any:
+    def with_spec(
+        model: str, dtype: str, device: str | None, device_map: str | None, trust_remote_code: bool, **others: Any
+    ) -> Any:
         from sparing.loading import ModelSpec
 
-        return command(spec=ModelSpec(model, dtype, device), **others)
+        return command(spec=ModelSpec(model, dtype, device, device_map, trust_remote_code), **others)
 
     for option in reversed(_MODEL_OPTIONS):
         with_spec = option(with_spec)
     return with_spec  # type: ignore[return-value]
+
+
+def chat_option(command: Command) -> Command:
+    """`--chat`, for commands that ask what users ask: a field of their `spec`. Goes below `model_options`."""
+
+    @functools.wraps(command)
+    def with_chat(spec: Any, chat: bool, **others: Any) -> Any:
+        return command(spec=replace(spec, chat=chat), **others)
+
+    return click.option("--chat/--no-chat", default=False, help="Ask in the tokenizer's chat template.")(with_chat)  # type: ignore[return-value]

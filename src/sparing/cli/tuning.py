@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparing.cli.cluster import cluster_options
-from sparing.cli.options import model_options
+from sparing.cli.options import chat_option, model_options
 
 if TYPE_CHECKING:
     from sparing.loading import ModelSpec
@@ -23,6 +23,7 @@ NOTHING_FOUND = 1
 
 @click.command()
 @model_options
+@chat_option
 @click.option("--tasks", "task_text", required=True, help="The work: files of your own, or names, comma-separated.")
 @click.option("--memory", default=None, help="Share of the full cache's bytes that may be held: 0.25 or 25%.")
 @click.option("--bytes", "byte_text", default=None, help="What the cache of one prompt may hold: 2GiB.")
@@ -66,7 +67,7 @@ def tune(
             parse_method(text)
     with ProgressBar("tuning") as told:
         outcome = search(
-            spec, split_tasks(task_text), request, out, methods=methods, mode=mode,
+            spec, split_tasks(task_text, spec.chat), request, out, methods=methods, mode=mode,
             lengths=whole_numbers("lengths", lengths), samples=samples, trials=trials, gate=gate, seed=seed,
             cluster=cluster, progress=told,
         )  # fmt: skip

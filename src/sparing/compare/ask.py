@@ -11,7 +11,7 @@ from sparing.core.method import Method
 from sparing.errors import InvalidInputError
 from sparing.loading import LoadedModel
 from sparing.session import use
-from sparing.tasks.encoding import Encoder
+from sparing.tasks.chat import prompt_parts
 
 
 def ask(
@@ -28,9 +28,9 @@ def ask(
     Raises:
         InvalidInputError: the text is longer than the model allows. MethodRefusedError: see the method.
     """
-    encoder = Encoder(loaded.tokenizer)
-    context_ids = encoder.start(context)
-    question_ids = encoder(question if question[0].isspace() else "\n" + question)
+    chat = loaded.spec.chat
+    asked = question if question[0].isspace() else ("\n\n" if chat else "\n") + question
+    context_ids, (question_ids,) = prompt_parts(loaded.tokenizer, context, [asked], chat)
     needed = len(context_ids) + len(question_ids) + max_new_tokens
     if loaded.max_length is not None and needed > loaded.max_length:
         allowed = (

@@ -240,7 +240,7 @@ def _ask(
     first = reading.next_logits if aware else None
     if cell.task.kind == "likelihood":
         return repr(engine.mean_loss(compressed, fed, question.target_ids, first))
-    output = engine.answer(compressed, fed, question.max_new_tokens, first, one_line=True)
+    output = engine.answer(compressed, fed, question.max_new_tokens, first, one_line=question.one_line)
     notes.decode_seconds += output.decode_seconds
     notes.decode_steps += output.decode_steps
     return engine.text(output)

@@ -49,6 +49,8 @@ class Question:
         target_ids: kind "likelihood" only: the tokens to be scored by teacher forcing after `token_ids`.
         evidence: [start, end) positions in the context ids of the pieces of text that hold the answer.
         reference: "answers", or "full" when the reference is what the model says with its full cache.
+        metric: of this question alone, one of `metrics.METRICS`; "" for the task's.
+        one_line: the answer ends with its first line; what follows is not to be judged.
     """
 
     text: str
@@ -58,6 +60,8 @@ class Question:
     target_ids: tuple[int, ...] = ()
     evidence: tuple[tuple[int, int], ...] = ()
     reference: str = "answers"
+    metric: str = ""
+    one_line: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -135,7 +139,7 @@ class Task(ABC):
     def score(self, question: Question, output: str) -> float:
         """Return how right the output is, from 0 to 1; an empty output is scored 0, never left out."""
         assert self.kind == "generation", f"{self.name} is scored by score_likelihood"
-        return METRICS[self.metric](output, question.answers)
+        return METRICS[question.metric or self.metric](output, question.answers)
 
     def score_likelihood(self, mean_loss: float) -> float:
         """Return 1 / perplexity = exp(-mean loss), the loss in nats per token of `target_ids`.

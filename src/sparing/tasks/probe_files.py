@@ -20,7 +20,8 @@ from sparing.errors import InputFileError
 from sparing.tasks.encoding import Encoder
 from sparing.tasks.probes import needle_samples
 from sparing.tasks.ranking_probes import ranking_sample
-from sparing.tasks.user_files import JSON_SUFFIXES, load_user_task, read_text
+from sparing.tasks.rows import read_text
+from sparing.tasks.user_files import JSON_SUFFIXES, load_user_task
 
 
 def load_samples(kind: str, path: Path, tokenizer: Any) -> list[Any]:

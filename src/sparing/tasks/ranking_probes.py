@@ -1,7 +1,6 @@
 """Samples for rankers: documents in one prompt, a query behind them, and the same with a query that asks nothing.
 
-The order matters: instruction and query come last, so that their tokens can attend to the documents. The prompt's
-form follows in-context re-ranking (Chen et al. 2024, arXiv:2410.02642) in our own words.
+The prompt's form is that of in-context re-ranking (`methods/rerank/icr.py`): heads are measured as they are used.
 """
 
 from __future__ import annotations
@@ -10,15 +9,12 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from sparing.core.ranking_prompt import NO_QUERY, OPENING, QUERY, numbered
 from sparing.core.samples import RankingSample
 from sparing.errors import InvalidInputError
 from sparing.tasks import haystack
 from sparing.tasks.encoding import Encoder
 from sparing.tasks.formats import NEEDLE, NEEDLE_QUESTION
-
-OPENING = "Here are some paragraphs:"
-QUERY = "\n\nWhich of these paragraphs answer the following query?\n\nQuery: {query}"
-NO_QUERY = "N/A"
 
 
 def ranking_samples(tokenizer: Any, count: int, length: int, seed: int = 0, documents: int = 4) -> list[RankingSample]:
@@ -66,11 +62,7 @@ def ranking_sample(encoder: Encoder, query: str, documents: Sequence[str], gold:
 def _assemble(
     encoder: Encoder, bodies: list[list[int]], real: list[int], null: list[int], gold: tuple[int, ...]
 ) -> RankingSample:
-    ids, spans = _opening(encoder), []
-    for number, body in enumerate(bodies, 1):
-        ids += encoder(f"\n\n[{number}]")
-        spans.append((len(ids), len(ids) + len(body)))
-        ids += body
+    ids, spans = numbered(_opening(encoder), bodies, encoder)
     return RankingSample((*ids, *real), (*ids, *null), tuple(spans), len(ids), gold)
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import sparing.tasks
 from sparing.errors import InvalidInputError, UnknownNameError
 from sparing.tasks.base import Task
+from sparing.tasks.user_files import load_user_task
+
+# In front of the name of a task of EleutherAI's lm-evaluation-harness.
+HARNESS = "lm_eval:"
 
 _TASKS: dict[str, type[Task]] = {}
 T = TypeVar("T", bound=type[Task])
@@ -56,6 +62,38 @@ def get(name: str, **options: Any) -> Task:
             raise UnknownNameError(f"option of the task {name}", option, defaults)
     made: Task = cls(**options)
     return made
+
+
+def named(text: str, chat: bool = False) -> Task:
+    """Return the task that a text on the command line names.
+
+    Three forms, each with options: a registered task (`needle_single:haystack=noise`), a file of the user's own
+    (`notes.txt`, `mine.jsonl:metric=rouge_l`, `mine.jsonl:metric=scoring.py::judge`), and with `lm_eval:` in front a
+    task of the lm-evaluation-harness. A text with a dot or a slash before its options is a file.
+
+    Args:
+        chat: ask in the tokenizer's chat template, see `load_user_task`; files only.
+
+    Raises:
+        UnknownNameError: no such task, metric or option. InputFileError: see `load_user_task`.
+        InvalidInputError: options that are not `option=value` or have no such value, or a chat with another task than
+            a file. MissingExtraError: the harness is not installed.
+    """
+    path, *options = [text] if Path(text).is_file() else re.split(r"(?<!:):(?!:)", text)
+    if not text.startswith(HARNESS) and (Path(path).suffix or "/" in path):
+        given = dict(_option(path, option, {}) for option in options)
+        for option in given:
+            if option != "metric":
+                raise UnknownNameError("option of a file", option, ["metric"])
+        return load_user_task(path, **given, chat=chat)
+    if chat:
+        fix = "leave --chat out: its questions end in the first words of their answers"
+        raise InvalidInputError("task of a chat", text, "a file of your own", fix)
+    if text.startswith(HARNESS):
+        from sparing.lm_eval.tasks import load
+
+        return load(text.removeprefix(HARNESS))
+    return get(text)
 
 
 def _option(name: str, text: str, defaults: dict[str, Any]) -> tuple[str, Any]:
