@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sparing.errors import require
+
+Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass
@@ -74,6 +77,10 @@ class Pattern:
             wanted = (self.blocks.shape[0], groups, self.tokens)
             require(tuple(self.columns.shape) == wanted, "columns", tuple(self.columns.shape), str(wanted))
             require(self.is_causal, "columns", "given", "none where rows see keys after them")
+
+    def dense(self) -> Pattern:
+        """Dense attention of the same rows on the same grid."""
+        return Pattern(self.tokens, self.start, self.size, torch.ones_like(self.blocks), is_causal=self.is_causal)
 
     # -- the grid -----------------------------------------------------------------------------------------------
 
@@ -160,7 +167,7 @@ class Pattern:
         """Pairs of dense attention."""
         if not self.is_causal:
             return self.rows * self.tokens
-        return self.rows * self.start + self.rows * (self.rows + 1) // 2
+        return causal_pairs(self.rows, self.tokens)
 
     def density(self) -> Tensor:
         """(Hq,) float64: pairs computed over all pairs, in (0, 1]."""
@@ -217,6 +224,11 @@ def blank(heads: int, tokens: int, start: int, size: int, device: torch.device |
     """The pattern in which every block reads itself only."""
     first, blocks = start // size, -(-tokens // size)
     return Pattern(tokens, start, size, torch.zeros(heads, blocks - first, blocks, dtype=torch.bool, device=device))
+
+
+def causal_pairs(rows: Count, keys: Count) -> Count:
+    """(query, key) pairs of dense attention: of the last `rows` of so many keys, each reading those not after it."""
+    return rows * (keys - rows) + rows * (rows + 1) // 2
 
 
 def merged(one: Partial, other: Partial) -> Partial:

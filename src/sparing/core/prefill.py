@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from sparing.core.allocate import Uniform
 from sparing.core.allocate_blocks import BlockAllocator, BlockBudget, EqualRows
 from sparing.core.method import Method, Parts
-from sparing.core.pattern import Partial, Pattern, blank
+from sparing.core.pattern import Partial, Pattern, blank, causal_pairs
 from sparing.core.scorer import KeyValues, Rotary, Scorer, Softmax
 from sparing.errors import InvalidInputError, MethodRefusedError, require
 
@@ -195,18 +195,15 @@ class SparsePrefill(Method):
 
     def pairs(self, call: PromptCall) -> int:
         """The budget: (query, key) pairs that each head may compute on average."""
-        if self.budget.kind == "ratio":
-            return int(self.budget.amount * call.grid(self.block).all_pairs() + 0.5)
-        seen = torch.arange(call.start + 1, call.tokens + 1)
-        return int(seen.clamp_max(int(self.budget.amount)).sum())
+        return int(self.pairs_until(torch.tensor([call.start, call.tokens])).diff() + 0.5)
 
     def pairs_until(self, ends: Tensor) -> Tensor:
         """The budget of a head for all rows before each of the positions, float64: for methods that only see those."""
         ends = ends.double()
         if self.budget.kind == "ratio":
-            return self.budget.amount * ends * (ends + 1) / 2
+            return self.budget.amount * causal_pairs(ends, ends)
         full = ends.clamp_max(self.budget.amount)
-        return full * (full + 1) / 2 + (ends - full) * self.budget.amount
+        return causal_pairs(full, full) + (ends - full) * self.budget.amount
 
     @property
     def keeps_all(self) -> bool:

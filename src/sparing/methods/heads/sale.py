@@ -83,8 +83,7 @@ class SaleThresholds(MeanScorer):
 
     def _halvings(self, call: PromptCall) -> Tensor:
         """(Hq,) how often `start` is halved."""
-        full = call.grid(self.block)
-        dense = call.attend(Pattern(call.tokens, call.start, self.block, torch.ones_like(full.blocks))).out
+        dense = call.attend(call.grid(self.block).dense()).out
         result = torch.zeros(call.heads, device=dense.device)
         is_open, tau = torch.ones(call.heads, dtype=torch.bool, device=dense.device), self.start
         while tau > DENSE and bool(is_open.any()):

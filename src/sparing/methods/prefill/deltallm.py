@@ -79,8 +79,7 @@ class DeltaLLMPrefill(SparsePrefill):
 
     def pattern(self, call: PromptCall) -> Pattern:
         """Everything."""
-        grid = call.grid(self.block)
-        return replace(grid, blocks=torch.ones_like(grid.blocks))
+        return call.grid(self.block).dense()
 
     def attend(self, call: PromptCall) -> Attended:
         """See `SparsePrefill.attend`."""
