@@ -195,13 +195,15 @@ class SparsePrefill(Method):
 
     def pairs(self, call: PromptCall) -> int:
         """The budget: (query, key) pairs that each head may compute on average."""
-        return int(self.pairs_until(torch.tensor([call.start, call.tokens])).diff() + 0.5)
+        if self.budget.kind == "ratio":
+            return int(self.budget.amount * causal_pairs(call.rows, call.tokens) + 0.5)
+        return int(self.pairs_until(torch.tensor([call.start, call.tokens])).diff())
 
     def pairs_until(self, ends: Tensor) -> Tensor:
         """The budget of a head for all rows before each of the positions, float64: for methods that only see those."""
         ends = ends.double()
         if self.budget.kind == "ratio":
-            return self.budget.amount * causal_pairs(ends, ends)
+            return self.budget.amount * ends * (ends + 1) / 2
         full = ends.clamp_max(self.budget.amount)
         return causal_pairs(full, full) + (ends - full) * self.budget.amount
 
