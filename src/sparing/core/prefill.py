@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.core.allocate import Uniform
 from sparing.core.allocate_blocks import BlockAllocator, BlockBudget, EqualRows
-from sparing.core.method import Method, Parts
 from sparing.core.pattern import Partial, Pattern, blank, causal_pairs
-from sparing.core.scorer import KeyValues, Rotary, Scorer, Softmax
+from sparing.core.prompt_method import PromptMethod
+from sparing.core.scorer import Rotary, Softmax
 from sparing.errors import InvalidInputError, MethodRefusedError, require
 
 Chunks = Literal["any", "blocks", "none"]
@@ -140,7 +139,7 @@ class BlockParts:
 
 
 @dataclass(frozen=True)
-class SparsePrefill(Method):
+class SparsePrefill(PromptMethod):
     """Base of all methods that read a prompt sparsely.
 
     Attributes:
@@ -171,13 +170,8 @@ class SparsePrefill(Method):
         if self.budget.kind == "bytes":
             problem = "frees no bytes: it computes less"
             raise MethodRefusedError(self.label, problem, "give a density in (0, 1] or keys per row")
-        if self.bits is not None or self.prefill is not None:
-            fix = "combine them: method(..., prefill=this)"
-            raise MethodRefusedError(self.label, "says how a prompt is read, not what is stored", fix)
-
-    def parts(self) -> Parts:
-        """Everything stays stored."""
-        return Parts(Everything(), Uniform())
+        problem = "says how a prompt is read, not what is stored"
+        self._refuse("bits", "prefill", problem=problem, fix="combine them: method(..., prefill=this)")
 
     def block_parts(self) -> BlockParts:
         """Scorer and allocator, of methods that are made of them."""
@@ -206,11 +200,6 @@ class SparsePrefill(Method):
             return self.budget.amount * ends * (ends + 1) / 2
         full = ends.clamp_max(self.budget.amount)
         return causal_pairs(full, full) + (ends - full) * self.budget.amount
-
-    @property
-    def keeps_all(self) -> bool:
-        """Nothing is ever dropped."""
-        return True
 
     @property
     def reads_all(self) -> bool:
@@ -251,15 +240,6 @@ class BlockSparse(SparsePrefill):
     def label(self) -> str:
         """Scorer+allocator."""
         return f"{type(self.scorer).__name__}+{type(self.allocator).__name__}"
-
-
-@dataclass(frozen=True)
-class Everything(Scorer):
-    """All tokens alike, for methods that drop none."""
-
-    def score(self, state: object, stored: KeyValues) -> Tensor:
-        """0 for every token."""
-        return torch.zeros(stored.keys.shape[:3], device=stored.keys.device)
 
 
 def choose_blocks(parts: BlockParts, call: PromptCall, method: SparsePrefill, size: int | None = None) -> Pattern:
