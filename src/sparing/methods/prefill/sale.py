@@ -37,7 +37,7 @@ from sparing.core.pattern import Pattern
 from sparing.core.prefill import Chunks, PromptCall, SparsePrefill
 from sparing.core.scores import Scores
 from sparing.errors import require
-from sparing.measures.blocks import always_on, capped
+from sparing.measures.blocks import always_on
 
 # Logits that are estimated at a time.
 ELEMENTS_PER_TILE = 1 << 22
@@ -184,7 +184,7 @@ class _Logits:
         found = logits.unflatten(-1, (blocks, size)).amax(-1).unflatten(2, states.shape[2:4])
         if self.of_rows is not None:
             found = found + self.of_rows.unflatten(2, self.shape)[:, :, some]
-        return capped(found.flatten(0, 1), self.softmax)
+        return self.softmax.capped(found.flatten(0, 1))
 
 
 def coded(x: Tensor, bits: int) -> Tensor:
