@@ -226,6 +226,13 @@ def blank(heads: int, tokens: int, start: int, size: int, device: torch.device |
     return Pattern(tokens, start, size, torch.zeros(heads, blocks - first, blocks, dtype=torch.bool, device=device))
 
 
+def always_on(grid: Pattern, first: int, recent: int) -> Tensor:
+    """(nq, nk) bool: the `first` blocks, a row's own and the `recent` ones before it, as far as they are reachable."""
+    numbers = torch.arange(grid.num_key_blocks, device=grid.blocks.device)
+    own = numbers[grid.first_block :, None]
+    return ((numbers < first) | (numbers >= own - recent)) & grid.reachable()
+
+
 def causal_pairs(rows: Count, keys: Count) -> Count:
     """(query, key) pairs of dense attention: of the last `rows` of so many keys, each reading those not after it."""
     return rows * (keys - rows) + rows * (rows + 1) // 2

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.core.allocate_blocks import BlockAllocator, BlockBudget, EqualRows
-from sparing.core.pattern import Partial, Pattern, blank, causal_pairs
+from sparing.core.pattern import Partial, Pattern, always_on, blank, causal_pairs
 from sparing.core.prompt_method import PromptMethod
 from sparing.core.scorer import Rotary, Softmax
 from sparing.errors import InvalidInputError, MethodRefusedError, require
@@ -246,8 +246,7 @@ def choose_blocks(parts: BlockParts, call: PromptCall, method: SparsePrefill, si
     """The pattern of the best blocks within the method's budget; `size`: of blocks, the method's by default."""
     size = size or method.block
     grid, whole = call.grid(size), blank(1, call.tokens, 0, size, call.query.device)
-    numbers = torch.arange(grid.num_key_blocks, device=grid.blocks.device)
-    forced = ((numbers < parts.first) | (numbers > numbers[:, None] - 1 - parts.recent)) & whole.reachable()
+    forced = always_on(whole, parts.first, parts.recent)
     edges = torch.arange(grid.num_key_blocks + 1, device=forced.device).mul(size).clamp_max(call.tokens)
     areas = whole.areas()
     free = (method.pairs_until(edges).diff() - (forced * areas).sum(-1)) / areas.amax(-1)  # in blocks, of every row

@@ -56,13 +56,6 @@ def block_sums(columns: Tensor, size: int) -> Tensor:
     return F.pad(columns, (0, -columns.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
 
 
-def always_on(grid: Pattern, first: int, recent: int) -> Tensor:
-    """(nq, nk) bool: the `first` blocks, a row's own and the `recent` ones before it, as far as they are reachable."""
-    numbers = torch.arange(grid.num_key_blocks, device=grid.blocks.device)
-    own = numbers[grid.first_block :, None]
-    return ((numbers < first) | (numbers >= own - recent)) & grid.reachable()
-
-
 # Entries of a float32 array of attention rows that are held at a time.
 ROWS_HELD = 2**24
 

@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 
 from sparing.core.method import register
-from sparing.core.pattern import Pattern
+from sparing.core.pattern import Pattern, always_on
 from sparing.core.prefill import Chunks, PromptCall, SparsePrefill
 from sparing.errors import require
-from sparing.measures.blocks import always_on, pooled
+from sparing.measures.blocks import pooled
 
 
 @register(

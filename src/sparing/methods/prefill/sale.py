@@ -33,11 +33,10 @@ from torch import Tensor
 
 from sparing.core.allocate_blocks import BlockBudget, best_within
 from sparing.core.method import register
-from sparing.core.pattern import Pattern
+from sparing.core.pattern import Pattern, always_on
 from sparing.core.prefill import Chunks, PromptCall, SparsePrefill
 from sparing.core.scores import Scores
 from sparing.errors import require
-from sparing.measures.blocks import always_on
 
 # Logits that are estimated at a time.
 ELEMENTS_PER_TILE = 1 << 22
