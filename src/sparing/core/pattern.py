@@ -70,7 +70,7 @@ class Pattern:
             f"(heads, {shape[0]}, {shape[1]})",
         )
         may = self.reachable()
-        blocks = (self.blocks & may) | self._own()
+        blocks = (self.blocks & may) | self.own()
         object.__setattr__(self, "blocks", blocks)
         if self.columns is not None:
             groups = int(self.group_of_block()[-1]) + 1
@@ -124,11 +124,12 @@ class Pattern:
         groups = numbers // self.blocks_per_group
         return groups - groups[0]
 
+    def own(self) -> Tensor:
+        """(nq, nk) bool: the blocks that hold their rows themselves."""
+        return torch.arange(self.num_key_blocks, device=self.blocks.device) == self._numbers()[:, None]
+
     def _numbers(self) -> Tensor:
         return torch.arange(self.first_block, self.num_key_blocks, device=self.blocks.device)
-
-    def _own(self) -> Tensor:
-        return torch.arange(self.num_key_blocks, device=self.blocks.device) == self._numbers()[:, None]
 
     # -- what is computed ---------------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class Pattern:
         padded = self.columns.new_zeros(heads, groups, self.num_key_blocks * self.size)
         padded[..., :tokens] = self.columns
         counts = padded.view(heads, groups, -1, self.size).sum(-1)[:, self.group_of_block()]
-        return counts.masked_fill(self.blocks | ~self.reachable() | self._own(), 0)
+        return counts.masked_fill(self.blocks | ~self.reachable() | self.own(), 0)
 
     def pairs(self) -> Tensor:
         """(Hq,) int64: (query, key) pairs that are computed."""
@@ -189,7 +190,7 @@ class Pattern:
             return rows, areas
         # Row i of its own block sees i - edge + 1 of the block's keys.
         triangle = (low + high + 1 - 2 * edges) * rows // 2
-        return rows, torch.where(self._own(), triangle[:, None], areas) * self.reachable()
+        return rows, torch.where(self.own(), triangle[:, None], areas) * self.reachable()
 
     def _pairs_by_rule(self) -> Tensor:
         alike = self.columns is None and bool((self.blocks == self.blocks[:1]).all())
