@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sparing.core.grids import Grid, GridSparse
-from sparing.core.pattern import Partial, Pattern
+from sparing.core.pattern import blank
 from sparing.core.prefill import PromptCall, SparsePrefill
 from sparing.core.scorer import Softmax
 from sparing.errors import InvalidInputError, MethodRefusedError, require
-from sparing.kernels.sparse import attend_sparse
+from sparing.kernels.sparse import attend_call, attend_sparse
 
 
 @torch.no_grad()
@@ -49,7 +51,7 @@ def sparse_attention(
     rows = zip(query, key, value, strict=True)
     if grid is None:
         require(text_tokens == 0, "text_tokens", text_tokens, "0 without a grid")
-        return torch.stack([_causal(PromptCall(q, k, v, softmax, _run), method) for q, k, v in rows])
+        return torch.stack([_causal(PromptCall(q, k, v, softmax, attend_call), method) for q, k, v in rows])
     shape = Grid(tuple(grid), text_tokens)
     tokens = f"{shape.tokens}, the tokens of the grid and its text"
     require(key.shape[2] == shape.tokens, "key", f"{key.shape[2]} tokens", tokens)
@@ -63,47 +65,25 @@ def sparse_attention(
 def _causal(call: PromptCall, method: SparsePrefill) -> Tensor:
     if not method.reads_all:
         return method.attend(call).part.out
-    return call.attend(_everything(call.grid(method.block))).out
+    return call.attend(call.grid(method.block).dense()).out
 
 
 def _on_grid(states: tuple[Tensor, Tensor, Tensor], softmax: Softmax, method: GridSparse, grid: Grid) -> Tensor:
     query, key, value = states
     if method.reads_all:
-        pattern = Pattern(grid.tokens, 0, method.block, _blank(grid.tokens, method.block), is_causal=False)
+        pattern = replace(blank(1, grid.tokens, 0, method.block), is_causal=False).dense()
         order = torch.arange(grid.tokens)
-        pattern = _everything(pattern)
     else:
         layout = method.lay_out(grid)
         order, pattern = layout.order, layout.pattern
     heads, device = query.shape[1], query.device
-    pattern = Pattern(
-        grid.tokens,
-        0,
-        pattern.size,
-        pattern.blocks.to(device).expand(heads, -1, -1),
-        rule=pattern.rule,
-        is_causal=False,
-    )
+    pattern = replace(pattern, blocks=pattern.blocks.to(device).expand(heads, -1, -1))
     order = order.to(device)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     for row in range(len(query)):
         q, k, v = (x[row].index_select(1, order) for x in (query, key, value))
         out[row].index_copy_(1, order, attend_sparse(q, k, v, pattern, softmax).out)
     return out
-
-
-def _everything(pattern: Pattern) -> Pattern:
-    full = torch.ones_like(pattern.blocks)
-    return Pattern(pattern.tokens, pattern.start, pattern.size, full, is_causal=pattern.is_causal)
-
-
-def _blank(tokens: int, size: int) -> Tensor:
-    blocks = -(-tokens // size)
-    return torch.zeros(1, blocks, blocks, dtype=torch.bool)
-
-
-def _run(call: PromptCall, pattern: Pattern) -> Partial:
-    return attend_sparse(call.query, call.keys, call.values, pattern, call.softmax)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, method: object) -> None:

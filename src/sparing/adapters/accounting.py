@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparing.core.plan import Plan
 
 if TYPE_CHECKING:
-    from sparing.adapters.prefilling import PrefillReport
+    from sparing.adapters.prompt_attention import PrefillReport
     from sparing.adapters.shortening import Shortening
 
 

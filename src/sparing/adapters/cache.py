@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from sparing.adapters.accounting import CacheReport, bytes_alive
 from sparing.adapters.cascading import Cascading, prefilling_for
 from sparing.adapters.layers import EvictingLayer
+from sparing.adapters.masks import count_left_pads
 from sparing.adapters.replaying import Tape, replay
 from sparing.adapters.shortening import Shortening
 from sparing.adapters.structure import Structure
@@ -53,7 +54,8 @@ class EvictingCache(Cache):
         for number, index in enumerate(structure.full_layers):
             layers[index] = EvictingLayer(self, number)
             self.evicting.append(layers[index])
-        own = () if method is None else (method.parts().scorer,)
+        self.parts: Parts | None = None if method is None else method.parts()  # asked for at every token of every layer
+        own = () if self.parts is None else (self.parts.scorer,)
         self.scorers: tuple[Scorer, ...] = tuple(dict.fromkeys([*own, *watch]))
         self.observing_seconds: dict[Scorer, float] = defaultdict(float)
         self.plan: Plan | None = None
@@ -84,7 +86,7 @@ class EvictingCache(Cache):
         if self.is_due:  # an earlier turn ended with its prompt: it must not wait for this one
             self.evict()
         self.prompt_length, self.is_reading = length, bool(self.scorers)
-        scores_again = self.method is not None and self.method.parts().scores_again
+        scores_again = self.parts is not None and self.parts.scores_again
         for layer in self.evicting:
             if scores_again and layer.states:
                 continue  # what was observed since the cache was last full counts for this turn
@@ -103,12 +105,12 @@ class EvictingCache(Cache):
 
     def before_update(self, query_length: int) -> None:
         """New tokens are about to be stored: evict first, if the prompt, or a chunk that counts, has been read."""
-        if self.replaying is not None or self.method is None:
+        if self.replaying is not None or self.parts is None:
             return
         has_more = self.evicting[0].seen > 0 and self.is_reading
         if self.is_due or (has_more and self.prompt_length is None and query_length == 1):
             self.evict()
-        elif has_more and self.method.parts().moment == "chunk_end":
+        elif has_more and self.parts.moment == "chunk_end":
             self.evict(is_end=False)
 
     def before_row_change(self, rows: Tensor) -> None:
@@ -151,16 +153,14 @@ class EvictingCache(Cache):
     @property
     def follows_decoding(self) -> bool:
         """True if tokens are dropped at every step."""
-        method = self.method
-        return method is not None and method.parts().moment == "every_step" and not method.budget.keeps_all
+        if self.method is None or self.parts is None:
+            return False
+        return self.parts.moment == "every_step" and not self.method.budget.keeps_all
 
     @property
     def remembers_scores(self) -> bool:
         """True if the scores of stored tokens are needed later."""
-        if self.method is None:
-            return False
-        parts = self.method.parts()
-        return parts.scorer.accumulates or parts.follows_by_step
+        return self.parts is not None and (self.parts.scorer.accumulates or self.parts.follows_by_step)
 
     def pads(self, rows: int) -> Tensor:
         """(rows,) left pads of every row."""
@@ -180,7 +180,7 @@ class EvictingCache(Cache):
             UnsupportedModelError: a layer's attention never came by. MethodRefusedError: see the scorer.
             CacheStateError: nothing was read, or pads are not on the left.
         """
-        if self.method is None or not self.is_reading:
+        if self.method is None or self.parts is None or not self.is_reading:
             raise CacheStateError("there is nothing to evict", "run the prompt through the model first")
         if not all(layer.attended for layer in self.evicting):
             problem = "the attention of a full-attention layer did not go through AttentionInterface"
@@ -191,7 +191,7 @@ class EvictingCache(Cache):
         pads = self._checked_pads(end)
         if is_end:
             replay(self, self.scorers[0], end)
-        parts = self.method.parts()
+        parts = self.parts
         seen = [end - pad for pad in pads]
         whole = self._with_dropped(seen)
         per_head = [min(self._tokens_per_head(n), read) for n, read in zip(whole, seen, strict=True)]
@@ -248,7 +248,7 @@ class EvictingCache(Cache):
         if scorer.accumulates:  # sums over all rows go on; the store remembers them where there is one
             held = None if layer.store is None else layer.store.bookkeeping().scores
             return {scorer: values if layer.store is None else held}
-        is_asked_again = self.method is not None and self.method.parts().moment != "prefill_end"
+        is_asked_again = self.parts is not None and self.parts.moment != "prefill_end"
         if is_asked_again and scorer.state_outlives_eviction and scorer in layer.states:
             return {scorer: layer.states[scorer]}
         return {}
@@ -276,11 +276,7 @@ class EvictingCache(Cache):
         return torch.where(is_full, counts, most)  # what the allocator has given; before that, the same for all
 
     def _checked_pads(self, end: int) -> list[int]:
-        if self._padding is not None:
-            prompt = self._padding[:, :end].long()
-            if bool((prompt.diff(dim=-1) < 0).any()):
-                raise CacheStateError("pads must be on the left of each row", "set tokenizer.padding_side='left'")
-        return [int(pad) for pad in self.pads(self.evicting[0].rows)]
+        return [0] * self.evicting[0].rows if self._padding is None else count_left_pads(self._padding[:, :end])
 
     def _bytes_per_token(self) -> int:
         """Bytes of one token's key and value in all evicting layers together."""

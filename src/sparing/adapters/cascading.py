@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparing.adapters.prefilling import Prefilling, PrefillReport, left_pads
+from sparing.adapters.prefilling import Prefilling
+from sparing.adapters.prompt_attention import PromptAttention, left_pads
 from sparing.core.cascade import Cascade, whole_layers
 from sparing.core.method import Method
+from sparing.core.pattern import causal_pairs
 from sparing.core.plan import LayerPlan, Plan
 from sparing.core.prefill import SparsePrefill
 from sparing.core.scorer import KeyValues, Queries, Softmax
@@ -94,38 +96,15 @@ class Stream:
 
 
 @dataclass
-class Cascading:
+class Cascading(PromptAttention[Cascade]):
     """How one cache reads its prompts: what `Prefilling` is to a `SparsePrefill`.
 
     Attributes:
-        method: how. computed, there: see `Prefilling`. turn: (first, end) positions of the announced prompt, or None.
         stream: the forward in progress, if it reads a prompt. is_awaited: True if a forward has begun in a session.
     """
 
-    method: Cascade
-    computed: dict[int, Tensor] = field(default_factory=dict)
-    there: dict[int, int] = field(default_factory=dict)
-    turn: tuple[int, int] | None = None
-    stream: Stream | None = None
-    is_awaited: bool = False
-
-    def begin_turn(self, first: int, end: int) -> None:
-        """A prompt was announced."""
-        self.turn = (first, end)
-
-    def fresh(self) -> Cascading:
-        """The same, before anything was read."""
-        return Cascading(self.method)
-
-    def copy(self) -> Cascading:
-        """An independent copy, for a fork of the cache."""
-        return Cascading(self.method, dict(self.computed), dict(self.there), self.turn)
-
-    @property
-    def report(self) -> PrefillReport:
-        """What has been computed so far."""
-        shares = {number: pairs / self.there[number] for number, pairs in self.computed.items()}
-        return PrefillReport(self.method.label, shares, 0)
+    stream: Stream | None = field(default=None, init=False)
+    is_awaited: bool = field(default=False, init=False)
 
     # -- the course of a forward --------------------------------------------------------------------------------
 
@@ -208,7 +187,7 @@ class Cascading:
             self._start(stream, layer, left_pads(mask, query.shape[0], layer))
         slots = torch.arange(held, device=query.device)
         valid = slots >= stream.pads[:, None] if layer.short_valid is None else layer.short_valid
-        self._count(stream, layer, query.shape[1], valid)
+        self._count_rows(stream, layer, query.shape[1], valid)
         queries = Queries(query, slots[held - query.shape[2] :], stream.counted, softmax)
         shape = keys.shape[:3]
         known = KeyValues(
@@ -222,17 +201,10 @@ class Cascading:
 
     def gate(self, layer: EvictingLayer, out: Tensor) -> Tensor:
         """The heads' outputs (B, k, Hq, Dv), those that are not in use at 0."""
-        stream, layers = self.stream, len(layer.cache.evicting)
-        counts = self.method.heads(out.shape[2], layers)
-        if stream is not None and counts is not None and layer.gate is None:
-            if stream.heads is None or stream.alive is None:
-                stream.heads = out.new_zeros(out.shape[0], out.shape[2], dtype=torch.float32)
-                stream.alive = torch.ones_like(stream.heads, dtype=torch.bool)
-            values = stream.heads.masked_fill(~stream.alive, -torch.inf)
-            order = values.sort(dim=-1, descending=True, stable=True).indices[:, : counts[layer.number]]
-            best = torch.zeros_like(stream.alive).scatter(1, order, True)
-            layer.gate = stream.alive = stream.alive & (best | stream.spared[:, None])
-            stream.heads = stream.heads + self.method.head_importance(out, stream.counted)
+        if self.stream is not None and layer.gate is None:
+            counts = self.method.heads(out.shape[2], len(layer.cache.evicting))
+            if counts is not None:
+                layer.gate = self._alive(self.stream, out, counts[layer.number])
         return out if layer.gate is None else out * layer.gate[:, None, :, None]
 
     def finish(self, cache: EvictingCache, hidden: Tensor) -> Tensor | None:
@@ -264,13 +236,24 @@ class Cascading:
         counts = torch.tensor([self.method.tokens(tokens, layers, bytes_per_token) for tokens in prompts])
         stream.counts = list(counts.to(device).unbind(1))
 
-    def _count(self, stream: Stream, layer: EvictingLayer, heads: int, valid: Tensor) -> None:
+    def _alive(self, stream: Stream, out: Tensor, count: int) -> Tensor:
+        """(B, Hq) bool: the `count` heads that a layer uses; what they put out counts for those of later layers."""
+        if stream.heads is None or stream.alive is None:
+            stream.heads = out.new_zeros(out.shape[0], out.shape[2], dtype=torch.float32)
+            stream.alive = torch.ones_like(stream.heads, dtype=torch.bool)
+        values = stream.heads.masked_fill(~stream.alive, -torch.inf)
+        order = values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+        best = torch.zeros_like(stream.alive).scatter(1, order, True)
+        stream.alive = stream.alive & (best | stream.spared[:, None])
+        stream.heads = stream.heads + self.method.head_importance(out, stream.counted)
+        return stream.alive
+
+    def _count_rows(self, stream: Stream, layer: EvictingLayer, heads: int, valid: Tensor) -> None:
         """Note the (query, key) pairs of a call, and those of dense attention."""
-        number = layer.cache.structure.full_layers[layer.number]
         mine, all_rows = stream.rows.valid.sum(1), stream.stop - stream.pads.clamp_min(stream.start)
-        pairs = torch.full((heads,), _causal_pairs(mine, valid.sum(1)), dtype=torch.float64)
-        self.computed[number] = self.computed.get(number, torch.zeros_like(pairs)) + pairs
-        self.there[number] = self.there.get(number, 0) + _causal_pairs(all_rows, stream.stop - stream.pads)
+        pairs = int(causal_pairs(mine, valid.sum(1)).sum())
+        there = int(causal_pairs(all_rows, stream.stop - stream.pads).sum())
+        self._count(layer, torch.full((heads,), pairs, dtype=torch.float64), there)
 
 
 def prefilling_for(
@@ -328,11 +311,6 @@ def rows_of(value: Tensor, index: Tensor) -> Tensor:
     """(..., B, k, D): of (..., B or 1, N, D), the rows of (B, k) indices."""
     every = torch.arange(len(index), device=index.device)[:, None]
     return value.expand(*value.shape[:-3], len(index), *value.shape[-2:])[..., every, index, :]
-
-
-def _causal_pairs(rows: Tensor, keys: Tensor) -> int:
-    """(query, key) pairs of the last (B,) rows of so many keys each."""
-    return int((rows * (keys - rows) + rows * (rows + 1) // 2).sum())
 
 
 def _held(layer: EvictingLayer, pads: list[int], end: int) -> list[Tensor]:

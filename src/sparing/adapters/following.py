@@ -28,9 +28,9 @@ def attend_and_follow(layer: HoldingLayer, query: Tensor, softmax: Softmax) -> T
     """Attention (B, Hq, q, Dv) over the ragged heads of a layer, which is then brought back to its limits."""
     store = layer.store
     assert store is not None
-    method, scorer = layer.cache.method, layer.cache.scorers[0]
-    assert method is not None
-    by_step = method.parts().follows_by_step
+    parts = layer.cache.parts
+    assert parts is not None
+    by_step, scorer = parts.follows_by_step, parts.scorer
     rows = None
     if by_step and scorer.step_needs_attention:
         out, rows = attend_with_rows(query, store, softmax)
@@ -56,9 +56,9 @@ def _limits(layer: HoldingLayer) -> Tensor:
 
 def _targets(layer: HoldingLayer) -> Tensor:
     """(lanes,) tokens that a full lane is brought down to: room for `period` tokens, the new one included."""
-    method = layer.cache.method
-    assert method is not None
-    period, limits = method.parts().period, _limits(layer)
+    parts = layer.cache.parts
+    assert parts is not None
+    period, limits = parts.period, _limits(layer)
     if isinstance(period, float):
         dropped = torch.tensor([max(share_of(period, limit), 1) for limit in limits.tolist()], device=limits.device)
     else:
@@ -106,11 +106,11 @@ def _score_again(layer: HoldingLayer, softmax: Softmax) -> None:
     """Score what is stored, with the queries since the last time, and drop down to the targets."""
     store, scorer, cache = layer.store, layer.cache.scorers[0], layer.cache
     assert store is not None
-    assert cache.method is not None
+    assert cache.parts is not None
     stored = show_pending(layer, softmax, layer.seen)
     values = scorer.score(layer.states[scorer], stored).float()
     scores = _guarded(layer, values, stored.valid, stored.positions)
-    action, full = cache.method.parts().action, store.lengths > _limits(layer)
+    action, full = cache.parts.action, store.lengths > _limits(layer)
     counts = torch.where(full, (_targets(layer) - action.reserve).clamp_min(0), store.lengths)
     folded = layer.fold(action, layer.select(scorer, scores, counts.view(store.rows, -1)), stored, values)
     layer.store = layer.packed(folded.kept, folded, values if cache.remembers_scores else None, action)

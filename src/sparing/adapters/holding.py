@@ -156,7 +156,7 @@ class HoldingLayer(DynamicLayer):
         """Refuse a scorer that this layer cannot serve."""
         structure, name = self.cache.structure, type(scorer).__name__
         method = self.cache.method
-        parts = method.parts() if method is not None else None
+        parts = self.cache.parts
         if parts is not None and parts.action.needs_rotary:
             self._check_turning(type(parts.action).__name__)
         if parts is not None and parts.reader is not None and parts.reader.needs_rotary and structure.rotates:
@@ -245,8 +245,7 @@ class HoldingLayer(DynamicLayer):
 
     def fold(self, action: Action, kept: list[list[Tensor]], stored: KeyValues, scores: Tensor) -> Folded:
         """Carry out an action; keys of half precision that will be turned again are turned from their originals."""
-        method = self.cache.method
-        is_asked_again = method is not None and method.parts().moment != "prefill_end"
+        is_asked_again = self.cache.parts is not None and self.cache.parts.moment != "prefill_end"
         if not isinstance(action, Rerotate) or not is_asked_again or stored.keys.element_size() > 2:
             return action.apply(kept, stored, scores)
         lanes = stored.keys.shape[0] * stored.keys.shape[1]
@@ -259,10 +258,10 @@ class HoldingLayer(DynamicLayer):
         if self.store is not None and action.is_exact:  # what is held stays as it is
             return self.store.select(slots, scores)
         store = RaggedStore.pack(slots, folded.keys, folded.values, folded.positions, scores, folded.bias)
-        method = self.cache.method
-        if method is None or not method.is_compact:
+        method, parts = self.cache.method, self.cache.parts
+        if method is None or parts is None or not method.is_compact:
             return store
-        channels, scorer = None, method.parts().scorer
+        channels, scorer = None, parts.scorer
         if scorer.prunes_channels:
             stored = replace(self.stored_tokens(), keys=folded.keys, values=folded.values)
             stays = torch.zeros_like(stored.valid)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from sparing.errors import CacheStateError
+
 _SKIPS = ("allow_is_causal_skip", "allow_is_bidirectional_skip")
 
 
@@ -93,6 +95,18 @@ def lazy_mask(base: str) -> Callable[..., Tensor | None]:
         return LazyMask(base, request)
 
     return build
+
+
+def count_left_pads(padding: Tensor) -> list[int]:
+    """Pads of every row of a (B, n) mask, 0 or False for pads.
+
+    Raises:
+        CacheStateError: they are not on the left.
+    """
+    is_token = padding.bool()
+    if bool((is_token.long().diff(dim=-1) < 0).any()):
+        raise CacheStateError("pads must be on the left of each row", "set tokenizer.padding_side='left'")
+    return [int(pad) for pad in (~is_token).sum(-1)]
 
 
 def _needs_none(request: dict[str, Any]) -> bool:

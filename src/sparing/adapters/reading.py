@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils import _pytree as pytree
 from sparing.core.budget import round_to_total
 from sparing.core.reader import Choice, Reader, Step, until
 from sparing.core.scorer import KeyValues, Softmax
-from sparing.kernels.attend import ROWS, probabilities
+from sparing.kernels.attend import ROWS, packed_sinks, probabilities
 
 if TYPE_CHECKING:
     from sparing.adapters.cache import EvictingCache
@@ -93,7 +92,7 @@ class Reading:
         batch, heads = self._keys.shape[:2]
         states = query[:, :, 0] if choice.query is None else choice.query
         grouped = states.to(self._keys.dtype).reshape(batch, heads, -1, states.shape[-1])
-        sinks, lanes = _sinks(softmax, heads, 1), []
+        sinks, lanes = packed_sinks(softmax, heads, 1), []
         for row in range(batch):
             for head in range(heads):
                 chosen, real = slots[row, head], None if choice.valid is None else choice.valid[row, head]
@@ -157,7 +156,7 @@ def _attend_tile(query: Tensor, stored: KeyValues, softmax: Softmax) -> Tensor:
         seen = None if mask is None else mask[:, None]
         out = F.scaled_dot_product_attention(grouped, stored.keys, stored.values, attn_mask=seen, scale=softmax.scaling)
     else:
-        sinks, lanes = _sinks(softmax, heads, count), []
+        sinks, lanes = packed_sinks(softmax, heads, count), []
         for row in range(batch):
             visible = None if mask is None else mask[row]
             for head, part in enumerate(grouped[row]):
@@ -175,10 +174,3 @@ def _lane(
         one = (queries[None, None], keys[None, None], values[None, None])
         return F.scaled_dot_product_attention(*one, attn_mask=mask, scale=softmax.scaling)[0, 0]
     return probabilities(queries, keys, softmax, mask, sinks, None).to(values.dtype) @ values
-
-
-def _sinks(softmax: Softmax, heads: int, count: int) -> Sequence[Tensor | None]:
-    """Learned sink logits (G * q,) of every KV head, per packed query row."""
-    if softmax.sinks is None:
-        return [None] * heads
-    return softmax.sinks.float().view(heads, -1).repeat_interleave(count, dim=1).unbind()

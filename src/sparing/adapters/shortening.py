@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from sparing.adapters.masks import count_left_pads
 from sparing.core.draft import Drafted
 from sparing.core.lens import Lens
+from sparing.core.pattern import causal_pairs
 from sparing.core.prompt import Chosen, PromptDropper
-from sparing.errors import CacheStateError, InvalidInputError, require
+from sparing.errors import InvalidInputError, require
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Shortening:
     @property
     def density(self) -> float:
         """The share of the (query, key) pairs of the whole prompts that are pairs of the short ones."""
-        read = sum(len(columns) * (len(columns) + 1) for columns in self.columns)
-        return read / max(sum(n * (n + 1) for n in self.tokens), 1)
+        read = sum(causal_pairs(len(columns), len(columns)) for columns in self.columns)
+        return read / max(sum(causal_pairs(n, n) for n in self.tokens), 1)
 
     def apply(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the model reads in the place of (B, n) ids that begin with the whole prompts, and its mask."""
@@ -95,10 +97,7 @@ def shorten(dropper: PromptDropper, lens: Lens, ids: Tensor, mask: Tensor | None
     Raises:
         CacheStateError: pads are not on the left.
     """
-    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if bool((seen.long().diff(dim=-1) < 0).any()):
-        raise CacheStateError("pads must be on the left of each row", "set tokenizer.padding_side='left'")
-    chosen, pads = [], (~seen).sum(-1).tolist()
+    chosen, pads = [], [0] * len(ids) if mask is None else count_left_pads(mask)
     for row, pad in enumerate(pads):
         prompt = ids[row, pad:].cpu()
         stays = dropper.stays(len(prompt))

@@ -15,16 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparing.core.allocate import Uniform
 from sparing.core.budget import round_to_total
-from sparing.core.method import Method, Parts
-from sparing.core.prefill import Everything
+from sparing.core.prompt_method import PromptMethod
 from sparing.core.scorer import KeyValues, Queries
-from sparing.errors import MethodRefusedError, require
+from sparing.errors import require
 
 
 @dataclass(frozen=True)
-class Cascade(Method):
+class Cascade(PromptMethod):
     """Base of all methods that take tokens out of the residual stream.
 
     Attributes:
@@ -46,13 +44,8 @@ class Cascade(Method):
         super().__post_init__()
         require(0 <= self.front < 1, "front", self.front, "a share of layers in [0, 1)")
         require(0 <= self.slope <= 1, "slope", self.slope, "in [0, 1]")
-        if self.bits is not None or self.prefill is not None or self.prompt is not None:
-            fix = "use it alone"
-            raise MethodRefusedError(self.label, "drops tokens while the prompt is read, layer by layer", fix)
-
-    def parts(self) -> Parts:
-        """What has been read stays stored."""
-        return Parts(Everything(), Uniform())
+        problem = "drops tokens while the prompt is read, layer by layer"
+        self._refuse("bits", "prefill", "prompt", problem=problem, fix="use it alone")
 
     def importance(self, queries: Queries, stored: KeyValues) -> Tensor:
         """(B, N) float32: what one layer adds to the importance of its tokens; higher = keep.
@@ -93,11 +86,6 @@ class Cascade(Method):
     def spares(self, seen: int) -> bool:
         """True if a prompt of `seen` tokens is too short to lose anything."""
         return self.budget.kind == "ratio" and seen < self.min_prompt
-
-    @property
-    def keeps_all(self) -> bool:
-        """Nothing is dropped but by reading."""
-        return True
 
     @property
     def reads_all(self) -> bool:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from sparing.errors import require
+
+Count = TypeVar("Count", int, Tensor)
 
 
 @dataclass
@@ -67,13 +70,17 @@ class Pattern:
             f"(heads, {shape[0]}, {shape[1]})",
         )
         may = self.reachable()
-        blocks = (self.blocks & may) | self._own()
+        blocks = (self.blocks & may) | self.own()
         object.__setattr__(self, "blocks", blocks)
         if self.columns is not None:
             groups = int(self.group_of_block()[-1]) + 1
             wanted = (self.blocks.shape[0], groups, self.tokens)
             require(tuple(self.columns.shape) == wanted, "columns", tuple(self.columns.shape), str(wanted))
             require(self.is_causal, "columns", "given", "none where rows see keys after them")
+
+    def dense(self) -> Pattern:
+        """Dense attention of the same rows on the same grid."""
+        return Pattern(self.tokens, self.start, self.size, torch.ones_like(self.blocks), is_causal=self.is_causal)
 
     # -- the grid -----------------------------------------------------------------------------------------------
 
@@ -117,11 +124,12 @@ class Pattern:
         groups = numbers // self.blocks_per_group
         return groups - groups[0]
 
+    def own(self) -> Tensor:
+        """(nq, nk) bool: the blocks that hold their rows themselves."""
+        return torch.arange(self.num_key_blocks, device=self.blocks.device) == self._numbers()[:, None]
+
     def _numbers(self) -> Tensor:
         return torch.arange(self.first_block, self.num_key_blocks, device=self.blocks.device)
-
-    def _own(self) -> Tensor:
-        return torch.arange(self.num_key_blocks, device=self.blocks.device) == self._numbers()[:, None]
 
     # -- what is computed ---------------------------------------------------------------------------------------
 
@@ -145,7 +153,7 @@ class Pattern:
         padded = self.columns.new_zeros(heads, groups, self.num_key_blocks * self.size)
         padded[..., :tokens] = self.columns
         counts = padded.view(heads, groups, -1, self.size).sum(-1)[:, self.group_of_block()]
-        return counts.masked_fill(self.blocks | ~self.reachable() | self._own(), 0)
+        return counts.masked_fill(self.blocks | ~self.reachable() | self.own(), 0)
 
     def pairs(self) -> Tensor:
         """(Hq,) int64: (query, key) pairs that are computed."""
@@ -160,7 +168,7 @@ class Pattern:
         """Pairs of dense attention."""
         if not self.is_causal:
             return self.rows * self.tokens
-        return self.rows * self.start + self.rows * (self.rows + 1) // 2
+        return causal_pairs(self.rows, self.tokens)
 
     def density(self) -> Tensor:
         """(Hq,) float64: pairs computed over all pairs, in (0, 1]."""
@@ -182,7 +190,7 @@ class Pattern:
             return rows, areas
         # Row i of its own block sees i - edge + 1 of the block's keys.
         triangle = (low + high + 1 - 2 * edges) * rows // 2
-        return rows, torch.where(self._own(), triangle[:, None], areas) * self.reachable()
+        return rows, torch.where(self.own(), triangle[:, None], areas) * self.reachable()
 
     def _pairs_by_rule(self) -> Tensor:
         alike = self.columns is None and bool((self.blocks == self.blocks[:1]).all())
@@ -217,6 +225,18 @@ def blank(heads: int, tokens: int, start: int, size: int, device: torch.device |
     """The pattern in which every block reads itself only."""
     first, blocks = start // size, -(-tokens // size)
     return Pattern(tokens, start, size, torch.zeros(heads, blocks - first, blocks, dtype=torch.bool, device=device))
+
+
+def always_on(grid: Pattern, first: int, recent: int) -> Tensor:
+    """(nq, nk) bool: the `first` blocks, a row's own and the `recent` ones before it, as far as they are reachable."""
+    numbers = torch.arange(grid.num_key_blocks, device=grid.blocks.device)
+    own = numbers[grid.first_block :, None]
+    return ((numbers < first) | (numbers >= own - recent)) & grid.reachable()
+
+
+def causal_pairs(rows: Count, keys: Count) -> Count:
+    """(query, key) pairs of dense attention: of the last `rows` of so many keys, each reading those not after it."""
+    return rows * (keys - rows) + rows * (rows + 1) // 2
 
 
 def merged(one: Partial, other: Partial) -> Partial:

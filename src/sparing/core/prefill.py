@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.core.allocate import Uniform
 from sparing.core.allocate_blocks import BlockAllocator, BlockBudget, EqualRows
-from sparing.core.method import Method, Parts
-from sparing.core.pattern import Partial, Pattern, blank
-from sparing.core.scorer import KeyValues, Rotary, Scorer, Softmax
+from sparing.core.pattern import Partial, Pattern, always_on, blank, causal_pairs
+from sparing.core.prompt_method import PromptMethod
+from sparing.core.scorer import Rotary, Softmax
 from sparing.errors import InvalidInputError, MethodRefusedError, require
 
 Chunks = Literal["any", "blocks", "none"]
@@ -140,7 +139,7 @@ class BlockParts:
 
 
 @dataclass(frozen=True)
-class SparsePrefill(Method):
+class SparsePrefill(PromptMethod):
     """Base of all methods that read a prompt sparsely.
 
     Attributes:
@@ -171,13 +170,8 @@ class SparsePrefill(Method):
         if self.budget.kind == "bytes":
             problem = "frees no bytes: it computes less"
             raise MethodRefusedError(self.label, problem, "give a density in (0, 1] or keys per row")
-        if self.bits is not None or self.prefill is not None:
-            fix = "combine them: method(..., prefill=this)"
-            raise MethodRefusedError(self.label, "says how a prompt is read, not what is stored", fix)
-
-    def parts(self) -> Parts:
-        """Everything stays stored."""
-        return Parts(Everything(), Uniform())
+        problem = "says how a prompt is read, not what is stored"
+        self._refuse("bits", "prefill", problem=problem, fix="combine them: method(..., prefill=this)")
 
     def block_parts(self) -> BlockParts:
         """Scorer and allocator, of methods that are made of them."""
@@ -196,9 +190,8 @@ class SparsePrefill(Method):
     def pairs(self, call: PromptCall) -> int:
         """The budget: (query, key) pairs that each head may compute on average."""
         if self.budget.kind == "ratio":
-            return int(self.budget.amount * call.grid(self.block).all_pairs() + 0.5)
-        seen = torch.arange(call.start + 1, call.tokens + 1)
-        return int(seen.clamp_max(int(self.budget.amount)).sum())
+            return int(self.budget.amount * causal_pairs(call.rows, call.tokens) + 0.5)
+        return int(self.pairs_until(torch.tensor([call.start, call.tokens])).diff())
 
     def pairs_until(self, ends: Tensor) -> Tensor:
         """The budget of a head for all rows before each of the positions, float64: for methods that only see those."""
@@ -206,12 +199,7 @@ class SparsePrefill(Method):
         if self.budget.kind == "ratio":
             return self.budget.amount * ends * (ends + 1) / 2
         full = ends.clamp_max(self.budget.amount)
-        return full * (full + 1) / 2 + (ends - full) * self.budget.amount
-
-    @property
-    def keeps_all(self) -> bool:
-        """Nothing is ever dropped."""
-        return True
+        return causal_pairs(full, full) + (ends - full) * self.budget.amount
 
     @property
     def reads_all(self) -> bool:
@@ -254,21 +242,11 @@ class BlockSparse(SparsePrefill):
         return f"{type(self.scorer).__name__}+{type(self.allocator).__name__}"
 
 
-@dataclass(frozen=True)
-class Everything(Scorer):
-    """All tokens alike, for methods that drop none."""
-
-    def score(self, state: object, stored: KeyValues) -> Tensor:
-        """0 for every token."""
-        return torch.zeros(stored.keys.shape[:3], device=stored.keys.device)
-
-
 def choose_blocks(parts: BlockParts, call: PromptCall, method: SparsePrefill, size: int | None = None) -> Pattern:
     """The pattern of the best blocks within the method's budget; `size`: of blocks, the method's by default."""
     size = size or method.block
     grid, whole = call.grid(size), blank(1, call.tokens, 0, size, call.query.device)
-    numbers = torch.arange(grid.num_key_blocks, device=grid.blocks.device)
-    forced = ((numbers < parts.first) | (numbers > numbers[:, None] - 1 - parts.recent)) & whole.reachable()
+    forced = always_on(whole, parts.first, parts.recent)
     edges = torch.arange(grid.num_key_blocks + 1, device=forced.device).mul(size).clamp_max(call.tokens)
     areas = whole.areas()
     free = (method.pairs_until(edges).diff() - (forced * areas).sum(-1)) / areas.amax(-1)  # in blocks, of every row

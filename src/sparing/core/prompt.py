@@ -12,11 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparing.core.allocate import Uniform
 from sparing.core.draft import Draft, Drafted
 from sparing.core.lens import Lens
-from sparing.core.method import Method, Parts
-from sparing.core.prefill import Everything
+from sparing.core.prompt_method import PromptMethod
 from sparing.errors import MethodRefusedError
 
 
@@ -34,7 +32,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class PromptDropper(Method):
+class PromptDropper(PromptMethod):
     """Base of all methods that drop prompt tokens before the model reads them. What is read stays stored.
 
     Attributes:
@@ -53,13 +51,8 @@ class PromptDropper(Method):
         if self.budget.kind == "bytes":
             problem = "chooses tokens of text, before anything is stored"
             raise MethodRefusedError(self.label, problem, "give a share in (0, 1] or a number of tokens")
-        if self.bits is not None or self.prefill is not None or self.prompt is not None:
-            fix = "combine them: method(..., prompt=this)"
-            raise MethodRefusedError(self.label, "says what is read of a prompt, not how, nor what is stored", fix)
-
-    def parts(self) -> Parts:
-        """Everything that is read stays stored."""
-        return Parts(Everything(), Uniform())
+        problem = "says what is read of a prompt, not how, nor what is stored"
+        self._refuse("bits", "prefill", "prompt", problem=problem, fix="combine them: method(..., prompt=this)")
 
     def stays(self, tokens: int) -> int:
         """How many of a prompt's tokens stay."""
@@ -73,11 +66,6 @@ class PromptDropper(Method):
             lens: of the draft model. ids: (n,) the prompt, on the CPU.
         """
         raise NotImplementedError
-
-    @property
-    def keeps_all(self) -> bool:
-        """Nothing that is read is ever dropped."""
-        return True
 
     @property
     def shortening(self) -> PromptDropper | None:

@@ -51,6 +51,10 @@ class Softmax:
     softcap: float | None = None
     sinks: Tensor | None = None
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Scaled logits as the model caps them, if it does."""
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
 
 @dataclass(frozen=True)
 class KeyValues:

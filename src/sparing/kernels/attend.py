@@ -10,7 +10,7 @@ matrix, so keys are read once per group and never repeated. Nothing is padded an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -59,12 +59,11 @@ def attend_with_rows(query: Tensor, store: Store, softmax: Softmax) -> tuple[Ten
     longest = max(store.lengths.tolist())
     rows = torch.zeros(batch * heads, grouped.shape[1], longest, device=query.device)
     out = query.new_empty(batch * heads, grouped.shape[1], store.dims[1])
-    sinks = _sinks(softmax, heads, batch, count)
+    sinks = packed_sinks(softmax, heads, count)
     for lane in range(batch * heads):
         keys, values = store.lane(lane)
         mask = _causal(count, keys.shape[0], grouped.shape[1] // count, query.device)
-        own = None if sinks is None else sinks[lane]
-        weights = probabilities(grouped[lane], keys, softmax, mask, own, store.lane_bias(lane))
+        weights = probabilities(grouped[lane], keys, softmax, mask, sinks[lane % heads], store.lane_bias(lane))
         rows[lane, :, : keys.shape[0]] = weights
         out[lane] = weights.to(values.dtype) @ values
     shape = (batch, heads, query_heads // heads, count)
@@ -175,8 +174,8 @@ def _attend_thin(rows: Tensor, store: CompactStore, lane: int, softmax: Softmax,
 
 def _attend_explicit(grouped: Tensor, store: Store, softmax: Softmax, count: int, after: int) -> Tensor:
     """With a softcap or learned sinks, which the fused attention does not offer."""
-    batch, heads = grouped.shape[:2]
-    sinks = _sinks(softmax, heads, batch, count)
+    heads = grouped.shape[1]
+    sinks = packed_sinks(softmax, heads, count)
     lanes = []
     for lane, queries in enumerate(grouped.flatten(0, 1)):
         keys, values = store.lane(lane)
@@ -184,7 +183,7 @@ def _attend_explicit(grouped: Tensor, store: Store, softmax: Softmax, count: int
         mask = _causal(count, keys.shape[0], queries.shape[0] // count, queries.device)
         bias = store.lane_bias(lane)
         bias = None if bias is None else bias[: keys.shape[0]]
-        weights = probabilities(queries, keys, softmax, mask, None if sinks is None else sinks[lane], bias)
+        weights = probabilities(queries, keys, softmax, mask, sinks[lane % heads], bias)
         lanes.append(weights.to(values.dtype) @ values)
     return torch.stack(lanes)
 
@@ -194,9 +193,7 @@ def probabilities(
 ) -> Tensor:
     """(rows, n) attention in at least float32; learned sinks take part in the normalisation only."""
     exact = torch.promote_types(queries.dtype, torch.float32)
-    logits = (queries @ keys.T).to(exact) * softmax.scaling
-    if softmax.softcap is not None:
-        logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
+    logits = softmax.capped((queries @ keys.T).to(exact) * softmax.scaling)
     if bias is not None:
         logits = logits + bias
     if mask is not None:
@@ -206,12 +203,11 @@ def probabilities(
     return torch.cat([logits, sinks[:, None].to(exact)], dim=-1).softmax(-1)[:, :-1]
 
 
-def _sinks(softmax: Softmax, heads: int, batch: int, count: int) -> Tensor | None:
-    """(lanes, G * q) learned sink logits per packed query row."""
+def packed_sinks(softmax: Softmax, heads: int, count: int) -> Sequence[Tensor | None]:
+    """[KV head] → (G * q,) learned sink logits, one per packed query row; None where there are none."""
     if softmax.sinks is None:
-        return None
-    per_row = softmax.sinks.float().view(heads, -1).repeat_interleave(count, dim=1)
-    return per_row.repeat(batch, 1)
+        return [None] * heads
+    return softmax.sinks.float().view(heads, -1).repeat_interleave(count, dim=1).unbind()
 
 
 def _causal(count: int, length: int, groups: int, device: torch.device) -> Tensor | None:

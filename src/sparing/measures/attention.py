@@ -170,9 +170,7 @@ def row_tiles(call: AttentionCall, start: int = 0) -> Iterator[tuple[slice, Tens
 
 def _softmax(logits: Tensor, may_see: Tensor, softmax: Softmax, bias: Tensor | None = None) -> Tensor:
     """Softmax over the visible keys, in place of the logits as far as gradients allow; rows that see nothing are 0."""
-    logits = logits.mul_(softmax.scaling)
-    if softmax.softcap is not None:
-        logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
+    logits = softmax.capped(logits.mul_(softmax.scaling))
     if bias is not None:
         logits = logits + bias
     logits = logits.masked_fill_(~may_see, -torch.inf)

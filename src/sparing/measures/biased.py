@@ -23,10 +23,7 @@ def attend_biased(query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax,
     rows = max(HELD // (keys.numel() // keys.shape[-1]), 1)
     outs, sums = [], []
     for some in query.split(rows, dim=-2):
-        logits = some.to(exact) @ keys.mT * softmax.scaling
-        if softmax.softcap is not None:
-            logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
-        logits = logits + bias
+        logits = softmax.capped(some.to(exact) @ keys.mT * softmax.scaling) + bias
         lse = logits.logsumexp(-1)
         outs.append(((logits - lse[..., None]).exp_() @ values).to(query.dtype))
         sums.append(lse)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from sparing.core.pattern import Pattern
 from sparing.core.prefill import PromptCall
-from sparing.core.scorer import Softmax
 
 
 def last_rows(call: PromptCall, count: int) -> Tensor:
@@ -22,7 +21,7 @@ def last_rows(call: PromptCall, count: int) -> Tensor:
     rows = min(count, call.rows)
     states = call.query[:, call.rows - rows :].float() * call.softmax.scaling
     grouped = states.reshape(call.keys.shape[0], -1, states.shape[-1])  # a key is never copied to its group's heads
-    logits = capped((grouped @ call.keys.float().transpose(-1, -2)).view(call.heads, rows, -1), call.softmax)
+    logits = call.softmax.capped((grouped @ call.keys.float().transpose(-1, -2)).view(call.heads, rows, -1))
     later = torch.ones(rows, rows, dtype=torch.bool, device=logits.device).triu(1)
     logits[..., call.tokens - rows :].masked_fill_(later, -torch.inf)
     return logits.softmax(-1)
@@ -55,18 +54,6 @@ def pooled_logits(call: PromptCall, size: int) -> Tensor:
 def block_sums(columns: Tensor, size: int) -> Tensor:
     """(..., nk): sums of (..., N) over blocks of keys."""
     return F.pad(columns, (0, -columns.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
-
-
-def capped(logits: Tensor, softmax: Softmax) -> Tensor:
-    """Scaled logits as the model caps them, if it does."""
-    return logits if softmax.softcap is None else torch.tanh(logits / softmax.softcap) * softmax.softcap
-
-
-def always_on(grid: Pattern, first: int, recent: int) -> Tensor:
-    """(nq, nk) bool: the `first` blocks, a row's own and the `recent` ones before it, as far as they are reachable."""
-    numbers = torch.arange(grid.num_key_blocks, device=grid.blocks.device)
-    own = numbers[grid.first_block :, None]
-    return ((numbers < first) | (numbers >= own - recent)) & grid.reachable()
 
 
 # Entries of a float32 array of attention rows that are held at a time.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparing.errors import require
+
 Reduce = Literal["mean", "max", "sum"]
 
 
@@ -17,6 +19,16 @@ def over_group(x: Tensor, kv_heads: int, how: Reduce = "mean") -> Tensor:
     if how == "mean":
         return grouped.mean(2)
     return grouped.sum(2) if how == "sum" else grouped.amax(2)
+
+
+def check_window(window: int, kernel_size: int) -> None:
+    """Refuse what is no number of rows that vote, or no width to pool their votes by.
+
+    Raises:
+        InvalidInputError: no rows, or a width that has no middle.
+    """
+    require(window >= 1, "window", window, "a number of rows >= 1")
+    require(kernel_size >= 1 and kernel_size % 2 == 1, "kernel_size", kernel_size, "an odd number >= 1")
 
 
 def pool_tokens(scores: Tensor, valid: Tensor, kernel_size: int, how: Literal["avg", "max"]) -> Tensor:

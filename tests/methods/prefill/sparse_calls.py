@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import sparing
-from sparing.adapters.prefilling import _run
 from sparing.core.pattern import Pattern
 from sparing.core.prefill import PromptCall, SparsePrefill
 from sparing.core.scorer import Softmax
+from sparing.kernels.sparse import attend_call
 from sparing.testing import tiny_model
 
 EPS = 2.0**-24
@@ -30,7 +30,7 @@ def random_call(
     g = torch.Generator().manual_seed(seed)
     query = torch.randn(heads, tokens - start, dim, generator=g) * size
     keys, values = (torch.randn(kv_heads, tokens, dim, generator=g) for _ in range(2))
-    return PromptCall(query, keys, values, Softmax(dim**-0.5), _run)
+    return PromptCall(query, keys, values, Softmax(dim**-0.5), attend_call)
 
 
 def part_of(call: PromptCall, start: int, end: int) -> PromptCall:

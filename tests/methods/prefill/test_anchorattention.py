@@ -16,11 +16,10 @@ from methods.prefill.sparse_calls import (
     said,
     tokens,
 )
-from sparing.core.pattern import Pattern
+from sparing.core.pattern import Pattern, always_on
 from sparing.core.prefill import PromptCall
 from sparing.core.scorer import Softmax
 from sparing.errors import InvalidInputError, MethodRefusedError
-from sparing.measures.blocks import always_on
 from sparing.methods.prefill.anchorattention import AnchorAttention
 
 

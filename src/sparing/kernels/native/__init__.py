@@ -112,32 +112,18 @@ def ragged_decode(
         (lanes, G, D) in the queries' dtype, and (lanes, G) float32 log-sum-exps, by which partial results are merged.
         Computed in float32 on `torch.get_num_threads()` threads.
     """
-    exact = queries.float().contiguous()
-    out, lse = _ragged_decode(exact, keys, values, starts, lengths, scaling, bias, instruction_set)
-    return out.to(queries.dtype), lse
-
-
-def _ragged_decode(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    instruction_set: str | None,
-) -> tuple[Tensor, Tensor]:
     library = _library()
     assert library is not None, status()
     lanes, group, dim = queries.shape
+    exact = queries.float().contiguous()
     out, lse = torch.empty(lanes, group, dim), torch.empty(lanes, group)
     failed = library.sparing_ragged_decode(
         _isa(instruction_set), torch.get_num_threads(), lanes, group, dim, keys.dtype == torch.bfloat16,
-        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), _pointer(bias), starts.data_ptr(), lengths.data_ptr(),
+        exact.data_ptr(), keys.data_ptr(), values.data_ptr(), _pointer(bias), starts.data_ptr(), lengths.data_ptr(),
         scaling, out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
     assert not failed, f"no kernel for head size {dim}, group {group}"
-    return out, lse
+    return out.to(queries.dtype), lse
 
 
 def can_decode_coded(queries: Tensor, store: CompactStore) -> bool:
@@ -161,7 +147,7 @@ def coded_decode(
     library, pages, window = _library(), store.pages, store.window
     assert library is not None, status()
     exact = queries.float().contiguous()
-    out, lse = _ragged_decode(
+    out, lse = ragged_decode(
         exact, window.keys, window.values, window.starts, window.lengths, scaling, window.bias, instruction_set
     )
     if pages is not None:

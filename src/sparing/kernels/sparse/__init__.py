@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparing.core.pattern import Partial, Pattern
+from sparing.core.prefill import PromptCall
 from sparing.core.scorer import Softmax
 from sparing.kernels.sparse import flexible, native_prefill
 from sparing.kernels.sparse.gather import attend_gathered
@@ -27,3 +28,8 @@ def attend_sparse(
     if native_prefill.offers(query, keys, values, pattern):
         return native_prefill.attend_native(query, keys, values, pattern, softmax)
     return attend_gathered(query, keys, values, pattern, softmax)
+
+
+def attend_call(call: PromptCall, pattern: Pattern, *, needs_lse: bool = True) -> Partial:
+    """`attend_sparse` for a prompt's attention call: what it is to `run`."""
+    return attend_sparse(call.query, call.keys, call.values, pattern, call.softmax, needs_lse=needs_lse)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparing.core.pattern import Pattern
+from sparing.core.pattern import Pattern, causal_pairs
 from sparing.core.prefill import SparsePrefill
 from sparing.core.scorer import Softmax
 from sparing.kernels.sparse import attend_sparse
@@ -71,7 +71,7 @@ def is_worth(method: SparsePrefill, query: Tensor, keys: Tensor, values: Tensor)
 def note(method: SparsePrefill, query: Tensor, keys: Tensor, values: Tensor, seconds: float) -> None:
     """Learn how long a call of (Hq, Q, D) queries took that was read sparsely."""
     shape, tokens, count = _shape(method, query, keys, values), keys.shape[-2], query.shape[-2]
-    pairs = query.shape[-3] * (count * (tokens - count) + count * (count + 1) // 2)
+    pairs = query.shape[-3] * causal_pairs(count, tokens)
     key = _key(method, shape, tokens)
     _paid[key] = min(_paid.get(key, float("inf")), seconds / (pairs * rates(shape).dense))
 

@@ -61,9 +61,7 @@ class _Problems:
         problem = torch.arange(pattern.heads * queries, device=query.device)
         self.first = problem // queries // (pattern.heads // keys.shape[0]) * blocks  # block 0 of the KV head
         self.number = pattern.first_block + problem % queries
-        numbers = torch.arange(blocks, device=query.device)
-        is_own = numbers == numbers[pattern.first_block :, None]
-        self.others = (pattern.blocks & ~is_own).view(len(problem), blocks)
+        self.others = (pattern.blocks & ~pattern.own()).view(len(problem), blocks)
         self.counts = self.others.sum(-1)
         most = max(GATHERED // size, int(self.counts.max()) + 1)
         # Used again and again: memory that was never touched is slow to write.

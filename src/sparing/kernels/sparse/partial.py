@@ -46,9 +46,7 @@ def _plain(
     query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, is_causal: bool, mask: Tensor | None
 ) -> Partial:
     exact = query.dtype if query.dtype == torch.float64 else torch.float32
-    logits = query.to(exact) @ keys.to(exact).transpose(-1, -2) * softmax.scaling
-    if softmax.softcap is not None:
-        logits = torch.tanh(logits / softmax.softcap) * softmax.softcap
+    logits = softmax.capped(query.to(exact) @ keys.to(exact).transpose(-1, -2) * softmax.scaling)
     if is_causal:
         logits = logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf)
     if mask is not None:

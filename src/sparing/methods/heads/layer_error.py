@@ -30,7 +30,7 @@ from sparing.core.samples import TextSample
 from sparing.errors import require
 from sparing.measures.attention import attention_rows
 from sparing.measures.batches import pad_left
-from sparing.measures.pooling import pool_tokens
+from sparing.measures.pooling import check_window, pool_tokens
 
 
 @register_scorer("layer_error", family="causal", data="text", paper="2508.02401", axes=("layer",),
@@ -50,11 +50,9 @@ class LayerError(MeanScorer):
     kernel_size: int = 5
 
     def __post_init__(self) -> None:
-        is_odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         require(self.tokens >= self.window, "tokens", self.tokens, f"at least the window of {self.window}")
         require(self.steps >= 1, "steps", self.steps, "a number of tokens >= 1")
-        require(self.window >= 1, "window", self.window, "a number of rows >= 1")
-        require(is_odd, "kernel_size", self.kernel_size, "an odd number >= 1")
+        check_window(self.window, self.kernel_size)
 
     def observe(self, lens: Lens, batch: Sequence[TextSample]) -> Tensor:
         """See `MeanScorer.observe`; a text that is too short for steps and window is not counted."""

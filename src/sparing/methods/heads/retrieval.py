@@ -32,11 +32,9 @@ from sparing.errors import require
 from sparing.measures.decoding import Step, decode_watched
 
 
-@register_scorer("retrieval", family="retrieval", data="needle", paper="2404.15574",
-                 summary="share of answer tokens that the head looks at while they are copied")  # fmt: skip
 @dataclass(frozen=True)
-class Retrieval(MeanScorer):
-    """Copy score on generated tokens.
+class AnswerScorer(MeanScorer):
+    """Base of what is measured while a model answers, and counts where it answered right.
 
     Attributes:
         min_recall: a sample counts if more than this share of the answer's tokens were said.
@@ -46,6 +44,13 @@ class Retrieval(MeanScorer):
 
     def __post_init__(self) -> None:
         require(0 <= self.min_recall < 1, "min_recall", self.min_recall, "a share in [0, 1)")
+
+
+@register_scorer("retrieval", family="retrieval", data="needle", paper="2404.15574",
+                 summary="share of answer tokens that the head looks at while they are copied")  # fmt: skip
+@dataclass(frozen=True)
+class Retrieval(AnswerScorer):
+    """Copy score on generated tokens."""
 
     def observe(self, lens: Lens, batch: Sequence[NeedleSample]) -> Tensor:
         """See `MeanScorer.observe`."""

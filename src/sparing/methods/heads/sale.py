@@ -31,7 +31,6 @@ from sparing.core.prefill import PromptCall
 from sparing.core.samples import PasskeySample
 from sparing.errors import require
 from sparing.measures.batches import pad_left
-from sparing.measures.blocks import capped
 from sparing.methods.prefill.sale import DENSE, Sale
 
 
@@ -83,8 +82,7 @@ class SaleThresholds(MeanScorer):
 
     def _halvings(self, call: PromptCall) -> Tensor:
         """(Hq,) how often `start` is halved."""
-        full = call.grid(self.block)
-        dense = call.attend(Pattern(call.tokens, call.start, self.block, torch.ones_like(full.blocks))).out
+        dense = call.attend(call.grid(self.block).dense()).out
         result = torch.zeros(call.heads, device=dense.device)
         is_open, tau = torch.ones(call.heads, dtype=torch.bool, device=dense.device), self.start
         while tau > DENSE and bool(is_open.any()):
@@ -106,7 +104,7 @@ def _tiles(call: PromptCall, pattern: Pattern) -> Iterator[tuple[Tensor, Tensor]
     for rows in torch.arange(call.start, call.tokens, device=keys.device).split(pattern.size):
         logits = call.query[:, rows - call.start].float() @ keys.transpose(-1, -2) * call.softmax.scaling
         may = torch.stack([pattern.may_read(head, rows) for head in range(call.heads)])
-        logits = capped(logits, call.softmax).masked_fill(~may, -torch.inf)
+        logits = call.softmax.capped(logits).masked_fill(~may, -torch.inf)
         lse = logits.logsumexp(-1)
         sinks = call.softmax.sinks
         total = lse if sinks is None else torch.logaddexp(lse, sinks.float()[:, None])

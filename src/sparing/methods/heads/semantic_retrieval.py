@@ -21,28 +21,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparing.core.head_scorer import MeanScorer, register_scorer
+from sparing.core.head_scorer import register_scorer
 from sparing.core.lens import Lens
 from sparing.core.samples import NeedleSample
-from sparing.errors import require
 from sparing.measures.decoding import Step
-from sparing.methods.heads.retrieval import answer, only_right, still_answering
+from sparing.methods.heads.retrieval import AnswerScorer, answer, only_right, still_answering
 
 
 @register_scorer("semantic_retrieval", family="retrieval", data="needle", paper="2508.02401",
                  summary="attention to the whole fact while it is being told")  # fmt: skip
 @dataclass(frozen=True)
-class SemanticRetrieval(MeanScorer):
-    """Mass on the fact's sentence while its tokens are generated.
-
-    Attributes:
-        min_recall: a sample counts if more than this share of the answer's tokens were said.
-    """
-
-    min_recall: float = 0.5
-
-    def __post_init__(self) -> None:
-        require(0 <= self.min_recall < 1, "min_recall", self.min_recall, "a share in [0, 1)")
+class SemanticRetrieval(AnswerScorer):
+    """Mass on the fact's sentence while its tokens are generated."""
 
     def observe(self, lens: Lens, batch: Sequence[NeedleSample]) -> Tensor:
         """See `MeanScorer.observe`."""

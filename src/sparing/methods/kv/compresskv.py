@@ -32,7 +32,7 @@ from sparing.core.method import Parts, register
 from sparing.core.scorer import KeyValues, Queries, Scorer
 from sparing.errors import ScoresMismatchError, require
 from sparing.measures.attention import attention_mass, window_rows
-from sparing.measures.pooling import pool_tokens
+from sparing.measures.pooling import check_window, pool_tokens
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,7 @@ class ChosenHeadsAttention(Scorer):
     state_outlives_eviction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        is_odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
-        require(self.window >= 1, "window", self.window, "a number of rows >= 1")
-        require(is_odd, "kernel_size", self.kernel_size, "an odd number >= 1")
+        check_window(self.window, self.kernel_size)
         require(all(self.heads) and len(self.heads) > 0, "heads", self.heads, "one or more query heads of every layer")
 
     def observe(self, state: Any, queries: Queries, stored: KeyValues) -> Queries:

@@ -41,7 +41,7 @@ from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Queries, Scorer
 from sparing.errors import require
 from sparing.measures.attention import attention_mass, column_mass, window_rows
-from sparing.measures.pooling import over_group, pool_tokens
+from sparing.measures.pooling import check_window, over_group, pool_tokens
 
 # Tokens compared with all centres at a time: bounds the similarities to (ROWS, kept).
 ROWS = 1024
@@ -60,9 +60,7 @@ class GlobalLocal(Scorer):
     kernel_size: int = 7
 
     def __post_init__(self) -> None:
-        is_odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
-        require(self.window >= 1, "window", self.window, "a number of rows >= 1")
-        require(is_odd, "kernel_size", self.kernel_size, "an odd number >= 1")
+        check_window(self.window, self.kernel_size)
 
     def observe(self, state: Any, queries: Queries, stored: KeyValues) -> tuple[Tensor, Queries]:
         """See `Scorer.observe`; the state is the (B, H, N) sums so far and the last rows."""

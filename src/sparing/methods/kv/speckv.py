@@ -33,7 +33,7 @@ from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Queries, Replay, Scorer
 from sparing.errors import require
 from sparing.measures.attention import window_rows
-from sparing.measures.pooling import pool_tokens
+from sparing.measures.pooling import check_window, pool_tokens
 from sparing.measures.replayed import strongest_attention
 
 
@@ -55,10 +55,8 @@ class LookaheadAttention(Scorer):
     replays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        is_odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
         require(self.lookahead >= 0, "lookahead", self.lookahead, "a number of tokens >= 0")
-        require(self.window >= 1, "window", self.window, "a number of rows >= 1")
-        require(is_odd, "kernel_size", self.kernel_size, "an odd number >= 1")
+        check_window(self.window, self.kernel_size)
         if self.lookahead or self.draft is not None:
             object.__setattr__(self, "draft", Draft.of(self.draft, "or set lookahead=0"))
 

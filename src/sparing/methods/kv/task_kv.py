@@ -32,7 +32,7 @@ from sparing.core.method import Method, Parts, register
 from sparing.core.scorer import KeyValues, Queries, Scorer
 from sparing.errors import require
 from sparing.measures.attention import attention_mass, window_rows
-from sparing.measures.pooling import over_group, pool_tokens
+from sparing.measures.pooling import check_window, over_group, pool_tokens
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ class SemanticCentre(Scorer):
     state_outlives_eviction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        is_odd = self.kernel_size >= 1 and self.kernel_size % 2 == 1
-        require(self.window >= 1, "window", self.window, "a number of rows >= 1")
-        require(is_odd, "kernel_size", self.kernel_size, "an odd number >= 1")
+        check_window(self.window, self.kernel_size)
         require(self.tokens >= 1, "tokens", self.tokens, "a number of tokens >= 1")
         require(self.sinks >= 0, "sinks", self.sinks, "a number of tokens >= 0")
         require(self.recent >= 0, "recent", self.recent, "a number of tokens >= 0")

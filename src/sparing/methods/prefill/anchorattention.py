@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 
 from sparing.core.method import register
-from sparing.core.pattern import Pattern
+from sparing.core.pattern import Pattern, always_on
 from sparing.core.prefill import Chunks, PromptCall, SparsePrefill
 from sparing.errors import require
-from sparing.measures.blocks import always_on, capped, pooled
+from sparing.measures.blocks import pooled
 
 
 @register(
@@ -114,7 +114,7 @@ class AnchorAttention(SparsePrefill):
             end = min((anchor.first_block + begin + count) * self.block, call.tokens)
             some = slice(begin, begin + count)
             logits = queries[:, some].reshape(len(keys), -1, keys.shape[1]) @ keys[..., :end] * call.softmax.scaling
-            found = levels[:, some] - capped(logits, call.softmax).view(call.heads, count, end)
+            found = levels[:, some] - call.softmax.capped(logits).view(call.heads, count, end)
             may = free[some].repeat_interleave(self.block, dim=-1)[:, :end]
             gaps[:, group, :end] = found.masked_fill_(~may, torch.inf).amin(1)
             begin += count

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparing.core.method import register
-from sparing.core.pattern import Partial, Pattern, merged
+from sparing.core.pattern import Partial, Pattern, always_on, merged
 from sparing.core.prefill import Attended, Chunks, PromptCall, SparsePrefill
 from sparing.errors import require
 
@@ -79,16 +79,13 @@ class DeltaLLMPrefill(SparsePrefill):
 
     def pattern(self, call: PromptCall) -> Pattern:
         """Everything."""
-        grid = call.grid(self.block)
-        return replace(grid, blocks=torch.ones_like(grid.blocks))
+        return call.grid(self.block).dense()
 
     def attend(self, call: PromptCall) -> Attended:
         """See `SparsePrefill.attend`."""
         grid, everything = call.grid(self.block), self.pattern(call)
-        numbers = torch.arange(grid.num_key_blocks, device=call.query.device)
         near = -(-self.window // self.block) + 1  # blocks, a row's own among them
-        is_near = numbers > numbers[grid.first_block :, None] - near
-        part = call.attend(replace(grid, blocks=is_near.expand_as(grid.blocks)))
+        part = call.attend(replace(grid, blocks=always_on(grid, 0, near - 1).expand_as(grid.blocks)))
         keys, skipped = self.differences(call)
         far = self._far(replace(call, keys=keys), near * self.block)
         if far is not None:

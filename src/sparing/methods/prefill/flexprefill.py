@@ -42,7 +42,6 @@ from sparing.measures.blocks import (
     best_offsets,
     best_that_fit,
     block_sums,
-    capped,
     column_costs,
     diagonals_of,
     last_means,
@@ -110,7 +109,7 @@ def pooled_distance(call: PromptCall, vertical: Tensor, size: int) -> Tensor:
     """
     queries = call.query[:, -size:].float().mean(1, keepdim=True)
     keys = pooled(call.keys, size).repeat_interleave(call.group, dim=0)
-    logits = capped((queries @ keys.transpose(-1, -2))[:, 0] * call.softmax.scaling, call.softmax)
+    logits = call.softmax.capped((queries @ keys.transpose(-1, -2))[:, 0] * call.softmax.scaling)
     seen = torch.arange(max(call.tokens - size, call.start), call.tokens, device=keys.device)[:, None] + 1
     counts = (seen - torch.arange(keys.shape[1], device=keys.device) * size).clamp(0, size).double().mean(0)
     guess, true = (logits.double() + counts.log()).softmax(-1), block_sums(vertical.double(), size)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from sparing.core.method import register
-from sparing.core.pattern import Cost, Partial, Pattern, merged
+from sparing.core.pattern import Cost, Partial, Pattern, causal_pairs, merged
 from sparing.core.prefill import Attended, Chunks, PromptCall, SparsePrefill
 from sparing.core.scorer import Softmax
 from sparing.errors import require
@@ -104,7 +104,7 @@ class HyperAttention(SparsePrefill):
     def _plan(self, call: PromptCall) -> _Plan:
         """The sizes that fit the budget."""
         pairs, leaf = self.pairs(call), call.rows
-        while leaf > EXACT and sum(n * (n + 1) // 2 for n in _leaves(call.rows, leaf)) > pairs // 2:
+        while leaf > EXACT and sum(causal_pairs(n, n) for n in _leaves(call.rows, leaf)) > pairs // 2:
             leaf = -(-leaf // 2)
         if self.min_tokens is not None:
             leaf = max(min(leaf, self.min_tokens), EXACT)
@@ -148,7 +148,7 @@ class _Plan:
     def pairs(self, call: PromptCall) -> int:
         """(query, key) pairs of one head."""
         halves = [*_halves(call.rows, self.leaf), *([(call.rows, call.start)] if call.start else [])]
-        total = sum(n * (n + 1) // 2 for n in _leaves(call.rows, self.leaf))
+        total = sum(causal_pairs(n, n) for n in _leaves(call.rows, self.leaf))
         for rows, there in halves:
             blocks, drawn = self.sizes(there)
             number = range(blocks + 1)

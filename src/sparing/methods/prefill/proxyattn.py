@@ -34,7 +34,7 @@ from sparing.core.method import register
 from sparing.core.pattern import Pattern
 from sparing.core.prefill import BlockParts, BlockScorer, Chunks, PromptCall, SparsePrefill, choose_blocks
 from sparing.errors import require
-from sparing.measures.blocks import block_sums, capped, last_mean
+from sparing.measures.blocks import block_sums, last_mean
 
 # Proxy attention that is held at a time.
 ELEMENTS = 2**20
@@ -169,6 +169,6 @@ def _means(states: Tensor, member: Tensor, count: int) -> Tensor:
 def _attention(call: PromptCall, queries: Tensor, keys: Tensor, positions: Tensor, stride: int) -> Tensor:
     """(groups, rows, keys up to the last of them) of some rows; keys after a row are 0, less than any that it sees."""
     seen = int(positions[-1]) // stride + 1
-    logits = capped(queries @ keys[:, :seen].transpose(-1, -2) * call.softmax.scaling, call.softmax)
+    logits = call.softmax.capped(queries @ keys[:, :seen].transpose(-1, -2) * call.softmax.scaling)
     later = torch.arange(seen, device=keys.device) * stride > positions[:, None]
     return logits.masked_fill_(later, -torch.inf).softmax(-1)

@@ -33,11 +33,10 @@ from torch import Tensor
 
 from sparing.core.allocate_blocks import BlockBudget, best_within
 from sparing.core.method import register
-from sparing.core.pattern import Pattern
+from sparing.core.pattern import Pattern, always_on
 from sparing.core.prefill import Chunks, PromptCall, SparsePrefill
 from sparing.core.scores import Scores
 from sparing.errors import require
-from sparing.measures.blocks import always_on, capped
 
 # Logits that are estimated at a time.
 ELEMENTS_PER_TILE = 1 << 22
@@ -184,7 +183,7 @@ class _Logits:
         found = logits.unflatten(-1, (blocks, size)).amax(-1).unflatten(2, states.shape[2:4])
         if self.of_rows is not None:
             found = found + self.of_rows.unflatten(2, self.shape)[:, :, some]
-        return capped(found.flatten(0, 1), self.softmax)
+        return self.softmax.capped(found.flatten(0, 1))
 
 
 def coded(x: Tensor, bits: int) -> Tensor:

@@ -33,7 +33,6 @@ from sparing.core.allocate_blocks import TopMass
 from sparing.core.method import register
 from sparing.core.prefill import BlockParts, BlockScorer, Chunks, PromptCall, SparsePrefill
 from sparing.errors import require
-from sparing.measures.blocks import capped
 
 # Tile scores that are held at a time.
 ELEMENTS = 2**20
@@ -99,7 +98,7 @@ class _Tiles:
         logits = logits / (self.end - self.begin)[part, None]
         rows, tiles = torch.arange(low, high, device=logits.device), torch.arange(high, device=logits.device)
         logits[:, rows - low, rows] = self._own(part)
-        logits = capped(logits * self.call.softmax.scaling, self.call.softmax)
+        logits = self.call.softmax.capped(logits * self.call.softmax.scaling)
         return logits.masked_fill_(tiles > rows[:, None], -torch.inf).softmax(-1)
 
     def _own(self, part: slice) -> Tensor:
