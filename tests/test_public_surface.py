@@ -67,7 +67,8 @@ def test_help_lists_the_commands() -> None:
     done = cli("--help")
     assert done.returncode == 0
     assert re.findall(r"^  (\w+)  ", done.stdout, flags=re.MULTILINE) == [
-        "ablate", "agree", "calibrate", "compare", "corpus", "edit", "generate", "methods", "rerank", "score", "scorers", "tune",
+        "ablate", "agree", "calibrate", "compare", "corpus", "edit", "generate", "methods", "rerank", "score",
+        "scorers", "tune",
     ]  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import sparing
@@ -113,7 +111,8 @@ def test_a_plan_reads_one_context_of_each_cell_and_keeps_it(tmp_path, read):
         assert alone.seconds == pytest.approx(outlook.ready + sum(outlook.seconds))
         assert (crowd.workers, crowd.seconds) == (8, outlook.ready + max(outlook.seconds))
         assert [each.workers for each in outlook.choices()] == [1, 2, 4, 8]
-        assert look_ahead(observer, [SNAPKV]).seconds == pytest.approx(outlook.seconds[1:4] + outlook.seconds[5:], rel=1)
+        # Two more have been read, so six are left.
+        assert len(look_ahead(observer, [SNAPKV]).seconds) == 6
 
 
 def test_cells_of_a_file_have_the_contexts_that_it_has(tmp_path):
