@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from sparing.adapters.accounting import CacheReport, bytes_alive
 from sparing.adapters.cascading import Cascading, prefilling_for
 from sparing.adapters.layers import EvictingLayer
-from sparing.adapters.masks import count_left_pads
+from sparing.adapters.masks import check_left_pads
 from sparing.adapters.replaying import Tape, replay
 from sparing.adapters.shortening import Shortening
 from sparing.adapters.structure import Structure
@@ -276,7 +276,9 @@ class EvictingCache(Cache):
         return torch.where(is_full, counts, most)  # what the allocator has given; before that, the same for all
 
     def _checked_pads(self, end: int) -> list[int]:
-        return [0] * self.evicting[0].rows if self._padding is None else count_left_pads(self._padding[:, :end])
+        if self._padding is not None:
+            check_left_pads(self._padding[:, :end])
+        return [int(pad) for pad in self.pads(self.evicting[0].rows)]
 
     def _bytes_per_token(self) -> int:
         """Bytes of one token's key and value in all evicting layers together."""

@@ -97,16 +97,14 @@ def lazy_mask(base: str) -> Callable[..., Tensor | None]:
     return build
 
 
-def count_left_pads(padding: Tensor) -> list[int]:
-    """Pads of every row of a (B, n) mask, 0 or False for pads.
+def check_left_pads(is_token: Tensor) -> None:
+    """Refuse pads, False in (B, n) bool, that are not on the left.
 
     Raises:
-        CacheStateError: they are not on the left.
+        CacheStateError: some are not.
     """
-    is_token = padding.bool()
     if bool((is_token.long().diff(dim=-1) < 0).any()):
         raise CacheStateError("pads must be on the left of each row", "set tokenizer.padding_side='left'")
-    return [int(pad) for pad in (~is_token).sum(-1)]
 
 
 def _needs_none(request: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
-from sparing.adapters.masks import LazyMask, count_left_pads
+from sparing.adapters.masks import LazyMask, check_left_pads
 from sparing.core.cascade import Cascade
 from sparing.core.prefill import SparsePrefill
 from sparing.errors import UnsupportedModelError
@@ -103,4 +103,8 @@ def left_pads(mask: Any, rows: int, layer: EvictingLayer) -> list[int]:
     ):
         problem = "its mask is more than causal, which sparse prefill would not honour"
         raise UnsupportedModelError(layer.cache.structure.name, problem, "use a method that reads prompts densely")
-    return [0] * rows if mask.padding is None else count_left_pads(mask.padding[:, : layer.seen])
+    if mask.padding is None:
+        return [0] * rows
+    is_token = mask.padding[:, : layer.seen]
+    check_left_pads(is_token)
+    return [int(pad) for pad in (~is_token).sum(-1)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sparing.adapters.masks import count_left_pads
+from sparing.adapters.masks import check_left_pads
 from sparing.core.draft import Drafted
 from sparing.core.lens import Lens
 from sparing.core.pattern import causal_pairs
@@ -97,7 +97,9 @@ def shorten(dropper: PromptDropper, lens: Lens, ids: Tensor, mask: Tensor | None
     Raises:
         CacheStateError: pads are not on the left.
     """
-    chosen, pads = [], [0] * len(ids) if mask is None else count_left_pads(mask)
+    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    check_left_pads(seen)
+    chosen, pads = [], (~seen).sum(-1).tolist()
     for row, pad in enumerate(pads):
         prompt = ids[row, pad:].cpu()
         stays = dropper.stays(len(prompt))
