@@ -28,7 +28,7 @@ def chance(contestant):
     """Of a right answer."""
     if contestant.is_full:
         return 1.0
-    base = contestant.name.split("(")[0].split("+")[0]
+    base = contestant.name.split("&")[-1].strip().split("(")[0].split("+")[0]
     return min(1.0, contestant.keep / NEEDS[base]) if isinstance(contestant.keep, float) else 1.0
 
 

@@ -100,6 +100,14 @@ def test_nothing_meets_the_request_and_what_would_is_said(tuned):
     assert "What loses least within the other limits" in said
 
 
+def test_a_full_cache_that_meets_the_request_alone_is_said(tuned):
+    """Planted: everybody reads a prompt in half a second; what knorm holds answers little."""
+    outcome = tuned(Request(first_token=0.6, max_loss=0.01), methods=["knorm"])
+    assert outcome.recipe is None
+    assert verdict(outcome)[0].startswith("Run the model as it is")
+    assert not any(each.contestant.keep == 1.0 and "&" not in each.contestant.name for each in outcome.searched)
+
+
 def test_a_full_cache_that_cannot_do_it_is_said(tuned, monkeypatch):
     monkeypatch.setattr(PlantedObserver, "full_score", 0.4)
     with pytest.raises(InvalidInputError, match=r"0\.40 on needle_single@64, 0\.40 on kv"):

@@ -195,8 +195,9 @@ class Search:
         best = list({each.contestant.name: each.contestant for each in reversed(ranked)}.values())[-FINALISTS:]
         larger = [self.space.resized(each, factor) for each in best for factor in (1.5, 2, 3, 5, 8)]
         most = {cell: indices[: self.rungs()[-1]] for cell, indices in self.contexts.items()}
+        larger = [each for each in dict.fromkeys(larger) if not self.space.is_full(each)]
         refused = self.observer.introduce(larger)
-        alive = [each for each in dict.fromkeys(larger) if each not in refused]
+        alive = [each for each in larger if each not in refused]
         self._read(alive, most)
         self.finished += [standing(self.observer, each, most) for each in alive]
 

@@ -110,6 +110,11 @@ class Space:
         share = float(keep) if isinstance(keep, float) else float(str(keep).removesuffix("B")) / self.full_bytes
         return Contestant(candidate.name, self._keep(min(1.0, share * factor)))
 
+    @staticmethod
+    def is_full(candidate: Contestant) -> bool:
+        """True if it keeps everything as the model itself does: that is the full cache under another name."""
+        return candidate.keep == 1.0 and "bits=" not in candidate.name and "&" not in candidate.name
+
     def _keep(self, share: float) -> Keep:
         """The budget as a share; in bytes where the request is, so that longer prompts keep to it too."""
         share = float(f"{share:.3g}")

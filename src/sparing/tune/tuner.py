@@ -39,6 +39,7 @@ class Outcome:
         request: what was asked for.
         recipe: what to run; None if nothing met the request.
         finalists: (on the contexts that they were chosen by, on those held out), the recommended one first.
+        full: the full cache on the contexts of the search.
         searched: all candidates that read every context of the search. dropped: the others, and why.
         left_out: cells whose full cache does not reach the gate, and its score there.
     """
@@ -46,6 +47,7 @@ class Outcome:
     request: Request
     recipe: Recipe | None
     finalists: list[tuple[Standing, Standing]]
+    full: Standing
     searched: list[Standing]
     dropped: list[tuple[Standing, str]]
     left_out: list[tuple[Cell, float]]
@@ -100,7 +102,8 @@ def tune(
         recipe = None
         if finalists and not request.broken(finalists[0][1]):
             recipe = _recipe(observer, finalists[0][1], held_out, request, texts, seed)
-        return Outcome(request, recipe, finalists, _distinct(search.finished), search.dropped, left_out)
+        whole = standing(observer, GATE, searched)
+        return Outcome(request, recipe, finalists, whole, _distinct(search.finished), search.dropped, left_out)
 
 
 def _lengths(task: Task, lengths: Sequence[int]) -> Sequence[int | None]:

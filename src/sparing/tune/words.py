@@ -48,6 +48,10 @@ def _recommended(outcome: Outcome) -> str:
 
 def _unmet(outcome: Outcome) -> list[str]:
     request, found = outcome.request, outcome.searched
+    if not request.broken(outcome.full):
+        return [
+            f"Run the model as it is: its full cache meets the request ({request}), and nothing smaller that was tried."
+        ]
     sentences = [f"Nothing that was tried meets the request ({request})."]
     for _, held in outcome.finalists[:1]:
         sentences.append(f"The nearest is {held.label}: it {' and '.join(request.broken(held))}.")
