@@ -98,6 +98,12 @@ def test_parts_that_are_wrong(values, file):
         load(changed(file, **values))
 
 
+def test_a_recipe_cannot_allow_code_to_run(file):
+    spec = json.loads(file.read_text())["model"] | {"trust_remote_code": True}
+    assert not load(changed(file, model=spec)).model.trust_remote_code
+    assert load(file, trust_remote_code=True).model.trust_remote_code
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(InputFileError, match="cannot be read"):
         load(tmp_path / "none.json")

@@ -25,7 +25,7 @@ from sparing.compare.store import write_json_atomic
 from sparing.core.budget import Budget, Keep
 from sparing.core.method import Method
 from sparing.core.parsing import parse_method
-from sparing.errors import InputFileError, InvalidInputError, OutputError
+from sparing.errors import InputFileError, InvalidInputError, MissingExtraError, OutputError
 from sparing.loading import Drafts, LoadedModel, ModelSpec
 
 FORMAT = "sparing-recipe-1"
@@ -120,8 +120,12 @@ class Recipe:
         return written
 
 
-def load(path: str | Path) -> Recipe:
+def load(path: str | Path, trust_remote_code: bool = False) -> Recipe:
     """Read a recipe that `sparing tune` wrote.
+
+    Args:
+        trust_remote_code: run Python code that comes with the model. A recipe can't allow that by itself: it may be
+            somebody else's.
 
     Raises:
         InputFileError: the file is missing or is no recipe.
@@ -137,11 +141,11 @@ def load(path: str | Path) -> Recipe:
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputFileError(path, f'is not a recipe (no "format": "{FORMAT}")', fix)
     try:
-        content["model"] = ModelSpec(**content["model"])
+        content["model"] = ModelSpec(**content["model"] | {"trust_remote_code": trust_remote_code})
         recipe = Recipe(**content, folder=path.parent)
         Budget.parse(recipe.keep)
         _check_words(recipe)
-    except (TypeError, KeyError, InvalidInputError) as error:
+    except (TypeError, KeyError, InvalidInputError, MissingExtraError) as error:
         raise InputFileError(path, f"a recipe with wrong parts ({error})", fix) from error
     return recipe
 

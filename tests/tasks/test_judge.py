@@ -90,7 +90,8 @@ def test_the_label_follows_the_source(files, tmp_path):
     first = files(JUDGE).label
     assert files(JUDGE).label == first
     assert files(JUDGE.replace("1 /", "0.5 /")).label != first
-    assert files(JUDGE + "\ndef other(output, answers):\n    return 1\n", "scoring.py::other").label != first
+    two = JUDGE + "\ndef other(output, answers):\n    return 1\n"
+    assert files(two).label != files(two, "scoring.py::other").label
     assert load_user_task(tmp_path / "mine.jsonl").label != first
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparing.adapters.structure import require_whole_heads
+from sparing.core.placement import input_device
 from sparing.errors import UnsupportedModelError
 
 _MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "ff")
@@ -85,6 +87,7 @@ def discover(model: nn.Module, recorded: Callable[[OnCall], AbstractContextManag
     if model.config.is_encoder_decoder or not model._can_set_attn_implementation():
         problem = "its attention does not go through transformers' AttentionInterface, or it is no decoder"
         raise UnsupportedModelError(name, problem, "use a decoder-only model that supports attn_implementation='sdpa'")
+    require_whole_heads(model)
     calls, tuples = _trial_run(model, recorded)
     if not calls:
         raise UnsupportedModelError(name, "no attention layer was called", "state-space models have no heads to score")
@@ -126,7 +129,7 @@ def _trial_run(
         if isinstance(output, tuple):
             tuples.add(module)
 
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=input_device(model))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(recorded(on_call))

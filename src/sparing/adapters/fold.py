@@ -25,6 +25,9 @@ def fold_into(lens: ModelLens, edits: Sequence[HeadEdit]) -> None:
     """
     maps = [_composed(lens, edits, layer) for layer in range(lens.num_layers)]
     projections: list[Any] = [layer.require_projection(lens.model) for layer in lens.layers]
+    if any(projection.weight.is_meta for projection in projections):
+        problem = "some of its weights are put away on the disk or in main memory, where they cannot be changed"
+        raise UnsupportedModelError(type(lens.model).__name__, problem, "load it without a device map")
     needs_bias = any(bool(shift.any()) for _, shift in maps)
     if needs_bias and any(p.bias is None for p in projections):
         _give_biases(lens, projections)

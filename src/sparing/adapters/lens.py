@@ -23,6 +23,7 @@ from sparing.adapters.relevance import relevance_rules
 from sparing.adapters.structure import require_plain_cache
 from sparing.core.fingerprint import fingerprint
 from sparing.core.lens import Attend, AttentionCall, AttentionHook, Site, SiteHook
+from sparing.core.placement import input_device, stored_parameter
 from sparing.core.scorer import Softmax
 from sparing.core.scores import ModelIdentity
 from sparing.errors import InvalidInputError, UnsupportedModelError
@@ -64,8 +65,7 @@ class ModelLens:
     @property
     def device(self) -> torch.device:
         """Where token ids have to be."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return input_device(self.model)
 
     # -- watching and changing ----------------------------------------------------------------------------------
 
@@ -195,7 +195,8 @@ class ModelLens:
         found = self.layers[layer]
         projection: Any = found.require_projection(self.model)
         # GPT-2's Conv1D stores (in, out), nn.Linear (out, in).
-        weight: Tensor = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.T
+        matrix = stored_parameter(projection, "weight")
+        weight = matrix if type(projection).__name__ == "Conv1D" else matrix.T
         return weight.view(found.num_heads, found.value_dim, -1)
 
 

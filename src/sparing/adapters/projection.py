@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparing.core.placement import stored_parameter
 from sparing.errors import UnsupportedModelError
 
 # What transformers' models call it.
@@ -27,7 +28,7 @@ class ModuleProjection:
         """
         module = self._module()
         found: Any = next((getattr(module, name) for name in NAMES if hasattr(module, name)), None)
-        matrix = getattr(found, "weight", None)
+        matrix = stored_parameter(found, "weight") if hasattr(found, "weight") else None
         if matrix is None or matrix.dim() != 2 or not matrix.is_floating_point():
             problem = "its attention has no plain output projection, whose weights this method needs"
             raise UnsupportedModelError(type(module).__name__, problem, "use a method without them, e.g. snapkv")

@@ -49,6 +49,7 @@ def read_structure(model: nn.Module) -> Structure:
     if not model._can_set_attn_implementation():
         problem = "its attention does not go through transformers' AttentionInterface"
         raise UnsupportedModelError(name, problem, "use a model type that supports attn_implementation='sdpa'")
+    require_whole_heads(model)
     require_plain_cache(model)
     layers = DynamicCache(config=model.config).layers
     full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
@@ -69,6 +70,17 @@ def _learned_positions(model: PreTrainedModel, text: Any) -> int | None:
     # Some models keep a few entries in front for pads.
     is_learned = there is not None and any(there <= table.num_embeddings <= there + 2 for table in tables)
     return there if is_learned else None
+
+
+def require_whole_heads(model: nn.Module) -> None:
+    """Refuse a model whose heads are spread over processes: scores and budgets of all heads are never in one place.
+
+    Raises:
+        UnsupportedModelError: the model was loaded tensor-parallel.
+    """
+    if getattr(model, "_tp_size", None) is not None:
+        problem = "its heads are spread over processes (tensor parallelism), so budgets that heads share would be wrong"
+        raise UnsupportedModelError(type(model).__name__, problem, 'load it with device_map="auto" in one process')
 
 
 def require_plain_cache(model: nn.Module) -> None:

@@ -210,7 +210,7 @@ def _forecast(observer: Observer, contestants: list[Contestant], price: float | 
         hours = each.workers * each.seconds / 3600
         cost = [f"{each.cost(price):.2f}"] if price is not None else []
         table.add_row(str(each.workers), _duration(each.seconds), f"{hours:.3g}", *cost)
-    Console().print(table)
+    Console(emoji=False).print(table)
     click.echo(
         f"{len(outlook.seconds)} contexts are left, {sum(outlook.seconds):.3g} s of work as measured on one of each "
         f"cell; a worker is ready after {outlook.ready:.1f} s. What was read is kept."
@@ -251,7 +251,7 @@ def _run_and_report(sweep: Sweep, run: dict[str, Any]) -> None:
         write_json_atomic(folder / "examples.json", observer.example.facts | {"methods": observer.example.methods})
     rows = sweep.store.rows()
     write_text_atomic(folder / "report.html", render_report(run, rows, _read_json(folder / "examples.json")))
-    render_table(rows, Console())
+    render_table(rows, Console(emoji=False))
     click.echo(f"report: {folder / 'report.html'}")
 
 

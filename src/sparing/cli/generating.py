@@ -36,7 +36,7 @@ def generate(
     from sparing.core.budget import parse_keep
     from sparing.core.parsing import parse_method
     from sparing.loading import Drafts
-    from sparing.tasks.user_files import read_text
+    from sparing.tasks.rows import read_text
 
     recipe = recipe_of(context, recipe_file, ("model", "chat", "method_text", "keep_text"))
     drafts = Drafts(spec)

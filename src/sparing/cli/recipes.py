@@ -32,9 +32,10 @@ def recipe_of(context: click.Context, path: Path | None, says: tuple[str, ...]) 
 
     if path is None:
         return None
+    trusted: bool = context.params["trust_remote_code"]
     options = {option.name: option.opts[0] for option in context.command.params}
     given = [options[name] for name in says if context.get_parameter_source(name) != ParameterSource.DEFAULT]
     if given:
         allowed = "none of " + ", ".join(options[name] for name in says)
         raise InvalidInputError("recipe", f"{path} and {' '.join(given)}", allowed, "the recipe says these already")
-    return load(path)
+    return load(path, trusted)

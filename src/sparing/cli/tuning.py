@@ -110,7 +110,7 @@ def _say(outcome: Outcome, out: Path) -> None:
         interval = f"{percent(held.loss.low)} to {percent(held.loss.high)}"
         table.add_row(held.label, percent(held.loss.mean), interval, percent(held.worst[0]), f"{held.share:.1%}",
                       f"{held.prefill_s:.3g}", token)  # fmt: skip
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     for sentence in verdict(outcome):
         console.print(f"• {sentence}", highlight=False, markup=False)

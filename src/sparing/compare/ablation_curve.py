@@ -18,6 +18,7 @@ import torch
 from sparing.adapters.lens import ModelLens
 from sparing.compare.store import write_text_atomic
 from sparing.core.edits import Ablation, Head, HeadEdit
+from sparing.core.placement import input_device
 from sparing.core.scores import Scores
 from sparing.editing import ablate, edit, head_outputs
 from sparing.errors import require
@@ -133,7 +134,7 @@ def _score(model: Any, tokenizer: Any, task: Task, asked: Sequence[Any], taken: 
     for sample in asked:
         points = []
         for question in sample.questions:
-            ids = torch.tensor([[*sample.context_ids, *question.token_ids]], device=model.device)
+            ids = torch.tensor([[*sample.context_ids, *question.token_ids]], device=input_device(model))
             with torch.no_grad():
                 said = model.generate(
                     ids, attention_mask=torch.ones_like(ids), max_new_tokens=question.max_new_tokens, do_sample=False

@@ -10,6 +10,7 @@ import torch
 
 from sparing.adapters.cache import EvictingCache
 from sparing.core.method import Evict, Method
+from sparing.core.placement import input_device
 from sparing.loading import LoadedModel
 from sparing.methods.kv.streaming_llm import Recency
 from sparing.session import Session
@@ -72,7 +73,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, session: Session) -> None:
         self.model, self.tokenizer, self.session = loaded.model, loaded.tokenizer, session
-        self.device = next(self.model.parameters()).device
+        self.device = input_device(self.model)
         eos = self.model.generation_config.eos_token_id
         self.stop_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
 

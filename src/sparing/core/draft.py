@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparing.core.fingerprint import fingerprint
+from sparing.core.placement import input_device
 from sparing.errors import InvalidInputError, MethodRefusedError
 
 
@@ -59,7 +60,7 @@ class Draft:
 
     def write(self, ids: Sequence[int], count: int) -> tuple[int, ...]:
         """The `count` tokens, or fewer if the text ends, that the model writes greedily after a prompt."""
-        prompt = torch.tensor([list(ids)], device=self.model.device)
+        prompt = torch.tensor([list(ids)], device=input_device(self.model))
         with torch.no_grad():
             written = self.model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False

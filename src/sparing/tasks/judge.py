@@ -78,7 +78,7 @@ class Judge:
                 code.co_filename, problem, "return a number for every output, also an empty one"
             ) from error
         if not isinstance(value, Real) or not 0 <= float(value) <= 1:
-            problem = f"line {code.co_firstlineno}: {name}() returned {value!r:.60}"
+            problem = f"line {code.co_firstlineno}: {name}() returned {' '.join(repr(value).split()):.60}"
             raise InputFileError(code.co_filename, problem, "return a number from 0 to 1")
         return float(value)
 
@@ -100,7 +100,7 @@ def judge_of(metric: Function | str) -> Judge:
     if isinstance(metric, str):
         path, _, name = metric.partition(_SEPARATOR)
         file = SourceFile(str(Path(path).absolute()), _read(path))
-        judge = Judge(f"{Path(path).name}{_SEPARATOR}{name}", _digest(file.source), file)
+        judge = Judge(f"{Path(path).name}{_SEPARATOR}{name}", _digest(file.source, name), file)
     elif inspect.isfunction(metric):
         judge = Judge(metric.__name__, _digest(_source(metric), _captured(metric)), metric)
     else:

@@ -35,8 +35,7 @@ from sparing.tasks.chat import prompt_parts
 from sparing.tasks.encoding import Encoder
 from sparing.tasks.judge import Judge, judge_of, names_function
 from sparing.tasks.metrics import metric_name
-from sparing.tasks.rows import Asked, json_rows, text_rows
-from sparing.tasks.rows import read_text as read_text
+from sparing.tasks.rows import Asked, json_rows, read_text, text_rows
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
