@@ -29,6 +29,8 @@ FORBIDDEN = {
     "sparing.adapters": ["sparing.methods", "sparing.measures", "sparing.compare", "sparing.session", "sparing.cli"],
     "sparing.kernels": ["sparing.adapters", "sparing.methods", "sparing.compare", "sparing.session", "sparing.cli"],
     "sparing.compare": ["sparing.cli"],
+    "sparing.lm_eval": ["sparing.cli"],
+    "sparing.tune": ["sparing.cli"],
     # Score, budget and action never import each other. Allocators are where scores meet budgets, as data.
     "sparing.core.token_scores": ["sparing.core"],
     "sparing.core.scorer": ["sparing.core"],

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from sparing import KVzip, SnapKV, SpecKV, use
+from sparing import TOVA, KVzip, SnapKV, SpecKV, use
 from sparing.compare.engine import FULL, Engine
 from sparing.loading import LoadedModel, ModelSpec
 from sparing.methods.kv.kvzip import Reconstruction
@@ -50,6 +50,21 @@ def test_a_fork_is_what_a_cache_of_its_own_would_be(engine):
     for fork, method in zip(forks, methods, strict=True):
         alone = run_method(tiny_model("llama", torch.float64), method, prompt)
         assert {share for layer in fork.plan.overlap(alone.cache.plan) for share in layer} == {1.0}
+
+
+def test_a_method_that_drops_while_decoding_does_so_in_a_likelihood_too(engine):
+    """What a token sees is what it would see in generation: the same as fed by hand, one after the other."""
+    prompt = random_prompt(80).ids[0].tolist()
+    targets = random_prompt(30).ids[0].tolist()
+    for method in (TOVA(0.25), SnapKV(0.25)):
+        reading = engine.read(prompt, [method])
+        compressed = engine.compress(reading, method)
+        cache, rows = compressed.cache.clone(), [reading.next_logits]
+        for target in targets[:-1]:
+            rows.append(engine._forward([target], cache)[-1])
+        loss = torch.nn.functional.cross_entropy(torch.stack(rows).float(), torch.tensor(targets)).item()
+        # Logits of float64 are rounded to float32 before the loss, which is about 5: a unit in its last place.
+        assert engine.mean_loss(compressed, [], targets, reading.next_logits) == pytest.approx(loss, abs=5e-7)
 
 
 def test_what_another_method_needs_is_not_among_a_methods_bytes(engine):

@@ -150,16 +150,21 @@ class Engine:
         target_ids: Sequence[int],
         first_logits: torch.Tensor | None = None,
     ) -> float:
-        """Mean negative log-likelihood per target token, in nats, by teacher forcing."""
+        """Mean negative log-likelihood per target token, in nats, by teacher forcing.
+
+        A method that drops tokens while decoding does so here too: it is fed token by token.
+        """
         cache = compressed.cache.clone()
         fed = [*question_ids, *target_ids[:-1]]
-        rows = self._forward(fed, cache)[max(len(question_ids) - 1, 0) :] if fed else None
+        method = cache.method
+        by_token = method is not None and not method.keeps_all and method.parts().moment == "every_step"
+        step = 1 if by_token else max(len(fed), 1)
+        parts = [self._forward(fed[start : start + step], cache) for start in range(0, len(fed), step)]
         compressed.note_read(cache)
         if not question_ids:
             assert first_logits is not None
-            first = first_logits[None]
-            rows = first if rows is None else torch.cat([first, rows])
-        assert rows is not None
+            parts.insert(0, first_logits[None])
+        rows = torch.cat(parts)[max(len(question_ids) - 1, 0) :]
         targets = torch.tensor(target_ids, device=self.device)
         return float(torch.nn.functional.cross_entropy(rows.float(), targets))
 
