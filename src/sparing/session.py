@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -80,6 +81,20 @@ class Session:
         assert self._attachment is not None
         self._attachment.detach()
         self._attachment = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The model as it was found, for the length of a block: to watch it, or to rank with it. Caches stay.
+
+        Example:
+            >>> with session.paused():
+            ...     ranked = sparing.rerank(model, tokenizer, query, documents)
+        """
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def new_cache(self) -> EvictingCache:
         """A fresh cache for one conversation, to be passed as `past_key_values`."""

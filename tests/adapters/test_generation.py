@@ -244,3 +244,18 @@ def test_a_fork_that_keeps_all_holds_nothing_of_the_others() -> None:
         assert cache.fork(sparing.H2O(keep=0.5)).bytes_kept < fork.bytes_full
         with pytest.raises(SparingError, match="did not watch"):
             cache.fork(sparing.TOVA(keep=0.5))
+
+
+def test_a_paused_session_leaves_the_model_as_it_was_and_goes_on() -> None:
+    """In the pause the model is its own, also after an error; a cache that was filled before is read on afterwards."""
+    model, prompt = tiny_model("llama", torch.float64), random_prompt(60).ids
+    whole = model(prompt).logits
+    with sparing.use(model, sparing.SnapKV(0.25)) as session:
+        cache = session.prefill(prompt)
+        expected = model(prompt[:, :1], past_key_values=cache.clone()).logits
+        with pytest.raises(KeyError), session.paused():
+            assert "generate" not in vars(model)
+            assert torch.equal(model(prompt).logits, whole)
+            raise KeyError
+        assert torch.equal(model(prompt[:, :1], past_key_values=cache).logits, expected)
+    assert torch.equal(model(prompt).logits, whole)
