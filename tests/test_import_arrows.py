@@ -28,7 +28,8 @@ FORBIDDEN = {
     "sparing.methods": ["sparing.adapters", "sparing.kernels", "sparing.compare", "sparing.session", "sparing.cli"],
     "sparing.adapters": ["sparing.methods", "sparing.measures", "sparing.compare", "sparing.session", "sparing.cli"],
     "sparing.kernels": ["sparing.adapters", "sparing.methods", "sparing.compare", "sparing.session", "sparing.cli"],
-    "sparing.compare": ["sparing.cli"],
+    "sparing.compare": ["sparing.cli", "sparing.serve"],
+    "sparing.serve": ["sparing.cli", "sparing.testing"],
     "sparing.lm_eval": ["sparing.cli"],
     "sparing.tune": ["sparing.cli"],
     # Score, budget and action never import each other. Allocators are where scores meet budgets, as data.

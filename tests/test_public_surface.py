@@ -68,7 +68,7 @@ def test_help_lists_the_commands() -> None:
     assert done.returncode == 0
     assert re.findall(r"^  (\w+)  ", done.stdout, flags=re.MULTILINE) == [
         "ablate", "agree", "calibrate", "compare", "corpus", "edit", "generate", "methods", "rerank", "score",
-        "scorers", "tune",
+        "scorers", "serve", "tune",
     ]  # fmt: skip
 
 

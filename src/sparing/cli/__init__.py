@@ -7,7 +7,7 @@ import sys
 import click
 
 import sparing
-from sparing.cli import acting, calibrating, comparing, generating, listing, measuring, reranking, tuning
+from sparing.cli import acting, calibrating, comparing, generating, listing, measuring, reranking, serving, tuning
 from sparing.errors import OutputError, SparingError
 
 
@@ -17,7 +17,7 @@ def cli() -> None:
     """Find what matters in a transformer's context, and keep only that."""
 
 
-for module in (comparing, tuning, generating, listing, measuring, calibrating, acting, reranking):
+for module in (comparing, tuning, generating, listing, measuring, calibrating, acting, reranking, serving):
     for command in module.COMMANDS:
         cli.add_command(command)
 

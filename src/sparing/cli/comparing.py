@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from sparing.tasks import Task
 
 DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
-# What a recipe says already.
-OF_RECIPES = ("model", "chat", "method_text", "keep_text", "task_text", "lengths", "samples", "mode", "seed")
 
 
 @click.command()
@@ -62,7 +60,7 @@ def compare(
 
     if price is not None and not plan:
         raise InvalidInputError("price", price, "nothing without --plan")
-    recipe = recipe_of(context, recipe_file, OF_RECIPES)
+    recipe = recipe_of(context, recipe_file)
     if recipe is not None:
         spec, seed = recipe.model, recipe.work["seed"]
         contestants, cells = [Contestant(recipe.resolved, recipe.keep)], recipe_cells(recipe)

@@ -38,7 +38,7 @@ def generate(
     from sparing.loading import Drafts
     from sparing.tasks.rows import read_text
 
-    recipe = recipe_of(context, recipe_file, ("model", "chat", "method_text", "keep_text"))
+    recipe = recipe_of(context, recipe_file)
     drafts = Drafts(spec)
     method = recipe.method if recipe is not None else parse_method(method_text, parse_keep(keep_text), drafts)
     text = read_text(context_file, "it should hold the text that the question is about")

@@ -19,23 +19,27 @@ RECIPE = click.option(
 )  # fmt: skip
 
 
-def recipe_of(context: click.Context, path: Path | None, says: tuple[str, ...]) -> Recipe | None:
+# Parameters of commands that a recipe replaces.
+SAID = (
+    "model", "dtype", "device", "device_map", "chat", "method_text", "keep_text", "task_text", "lengths", "samples",
+    "mode", "seed",
+)  # fmt: skip
+
+
+def recipe_of(context: click.Context, path: Path | None) -> Recipe | None:
     """The recipe that was given, if one was.
 
-    Args:
-        says: the parameters of the command that a recipe replaces.
-
     Raises:
-        InvalidInputError: one of them is given as well. InputFileError: it is no recipe.
+        InvalidInputError: something that it says is given as well. InputFileError: it is no recipe.
     """
     from sparing.recipe import load
 
     if path is None:
         return None
     trusted: bool = context.params["trust_remote_code"]
-    options = {option.name: option.opts[0] for option in context.command.params}
-    given = [options[name] for name in says if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+    said = {option.name: option.opts[0] for option in context.command.params if option.name in SAID}
+    given = [said[name] for name in said if context.get_parameter_source(str(name)) != ParameterSource.DEFAULT]
     if given:
-        allowed = "none of " + ", ".join(options[name] for name in says)
+        allowed = "none of " + ", ".join(said.values())
         raise InvalidInputError("recipe", f"{path} and {' '.join(given)}", allowed, "the recipe says these already")
     return load(path, trusted)

@@ -1,0 +1,18 @@
+"""How routes get at the server."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from sparing.serve.service import Service
+
+
+def service_of(request: Request) -> Service:
+    """The server that a request has come to."""
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceOf = Annotated[Service, Depends(service_of)]
