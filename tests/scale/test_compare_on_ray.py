@@ -94,3 +94,18 @@ def test_an_error_in_a_worker_has_its_own_type_here(tmp_path):
         pytest.raises(UnknownNameError, match="snapkv"),
     ):
         observer.introduce([Contestant("snapvk", 0.5)])
+
+
+def test_a_tuning_on_ray_finds_what_one_here_finds(tmp_path):
+    pytest.importorskip("optuna", reason="the extra sparing[tune] is not installed")
+    from sparing.tune import Request, tune
+
+    found = []
+    for name, cluster in (("here", Cluster()), ("ray", Cluster("auto", workers=2))):
+        outcome = tune(
+            ModelSpec(), [("needle_single", registry.get("needle_single"))], Request(memory=0.6), tmp_path / name,
+            methods=["knorm", "kvzip"], lengths=(128,), samples=4, trials=4, cluster=cluster,
+        )  # fmt: skip
+        found.append([(held.contestant, held.loss, held.bytes_kept) for _, held in outcome.finalists])
+    assert found[0] == found[1]
+    assert found[0]
