@@ -161,7 +161,7 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     assert in_process([*words, *extra], monkeypatch) == 2
     assert expected in capsys.readouterr().err
-    assert not list(tmp_path.rglob("report.html"))
+    assert list(tmp_path.iterdir()) == [], "bad input leaves nothing behind"
 
 
 def test_an_error_shows_no_traceback() -> None:

@@ -11,7 +11,7 @@ from sparing.compare.forecast import look_ahead
 from sparing.compare.observer import Observer
 from sparing.compare.store import ResultStore
 from sparing.compare.sweep import Sweep
-from sparing.errors import InvalidInputError, MethodRefusedError
+from sparing.errors import InvalidInputError, MethodRefusedError, UnsupportedModelError
 from sparing.loading import ModelSpec
 from sparing.tasks import registry
 
@@ -124,3 +124,10 @@ def test_cells_of_a_file_have_the_contexts_that_it_has(tmp_path):
     assert [(cell.length, len(cell.contexts)) for cell in found] == [(None, 3), (64, 5), (128, 5)]
     assert GATE.is_full
     assert not SNAPKV.is_full
+
+
+def test_a_model_that_is_none_leaves_no_folder(tmp_path):
+    nothing = ModelSpec("no/such/folder")
+    with Observer(nothing, cells([0]), 0, tmp_path / "out") as observer, pytest.raises(UnsupportedModelError):
+        observer.introduce([SNAPKV])
+    assert list(tmp_path.iterdir()) == []

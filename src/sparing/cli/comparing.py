@@ -69,9 +69,7 @@ def compare(
         contestants, cells = _contestants(method_text, keep_text), _cells(tasks, lengths, mode, samples)
     if method_text == "all" and recipe is None:
         _say_what_is_left_out()
-    with ResultStore(out) as store, Observer(spec, cells, seed, out, cluster) as observer:
-        if store.repaired:
-            click.echo(f"{store.file}: {store.repaired}", err=True)
+    with Observer(spec, cells, seed, out, cluster) as observer:
         contestants = _fit(observer, contestants, explicit=method_text != "all" or recipe is not None)
         if plan:
             _forecast(observer, contestants, price)
@@ -79,9 +77,12 @@ def compare(
         assert observer.facts is not None
         run = {"command": shlex.join(["sparing", *sys.argv[1:]]), "seed": seed, "model": spec.name}
         run |= {"model_description": observer.facts.description, "samples": samples}
-        _run_and_report(Sweep(observer, contestants, store), run)
-        if recipe is not None:
-            _say_if_it_holds(recipe, store.rows())
+        with ResultStore(out) as store:
+            if store.repaired:
+                click.echo(f"{store.file}: {store.repaired}", err=True)
+            _run_and_report(Sweep(observer, contestants, store), run)
+            if recipe is not None:
+                _say_if_it_holds(recipe, store.rows())
 
 
 def recipe_cells(recipe: Recipe) -> list[Cell]:

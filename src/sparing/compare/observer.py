@@ -57,8 +57,9 @@ class Observer:
         self._pool: Pool[Job | Introduction, Done | Facts] = Pool(
             functools.partial(ContextWorker, spec, tuple(cells), seed), cluster
         )
-        self._store = ResultStore(folder / FOLDER)
-        self._known = {row["key"]: Observation(**row["observation"]) for row in self._store.rows()}
+        self._folder = folder / FOLDER
+        self._store: ResultStore | None = None
+        self._known: dict[str, Observation] = {}
 
     def __enter__(self) -> Observer:
         return self
@@ -67,7 +68,8 @@ class Observer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.__exit__(kind, error, trace)
-        self._store.close()
+        if self._store is not None:
+            self._store.close()
 
     @property
     def size(self) -> int:
@@ -77,13 +79,18 @@ class Observer:
     def introduce(self, contestants: Iterable[Contestant]) -> dict[Contestant, MethodRefusedError]:
         """Have a worker meet contestants: those that can't work on the model, and why.
 
+        Nothing is written before the first time that this has gone well.
+
         Raises:
-            SparingError: the model can't be loaded, or a contestant's text is no method.
+            SparingError: the model can't be loaded, a contestant's text is no method, or the folder can't be written.
         """
         new = (GATE, *contestants)
         ((_, facts),) = self._pool.run([Introduction(new)])
         self.facts = cast(Facts, facts)
         self._parameters.update(zip(new, self.facts.parameters, strict=True))
+        if self._store is None:
+            self._store = ResultStore(self._folder)
+            self._known = {row["key"]: Observation(**row["observation"]) for row in self._store.rows()}
         refused = zip(new, self.facts.refused, strict=True)
         return {contestant: error for contestant, error in refused if error is not None}
 
@@ -101,6 +108,7 @@ class Observer:
         Raises:
             SparingError: a task does not fit the model, or a method refuses it; what was done before is kept.
         """
+        assert self._store is not None, "nobody was introduced"
         for job, done in self._pool.run(self._jobs(wanted, show)):
             job, done = cast(Job, job), cast(Done, done)
             for contestant, observation in zip(job.readers, done.observations, strict=True):
