@@ -23,7 +23,7 @@ from sparing.core.cascade import Cascade
 from sparing.core.method import Method
 from sparing.core.parsing import parse_method
 from sparing.core.plan import Plan
-from sparing.core.prefill import SparsePrefill
+from sparing.core.prefill import SparsePrefill, as_said
 from sparing.core.prompt import PromptDropper
 from sparing.errors import InvalidInputError, MethodRefusedError
 from sparing.loading import Drafts, ModelSpec
@@ -115,7 +115,7 @@ class ContextWorker:
             made = contestant.method or parse_method(contestant.name, contestant.keep, self._drafts)
             self._drafts.check(self.loaded)
             self._made[contestant] = made
-            self._methods[contestant] = _always(made)
+            self._methods[contestant] = as_said(made)
         return self._methods[contestant]
 
     def _introduce(self, item: Introduction) -> Facts:
@@ -252,13 +252,6 @@ def _score(task: Task, question: Question, output: str, full_output: str) -> flo
     if question.reference == "full":
         question = replace(question, answers=(full_output,))
     return task.score(question, output)
-
-
-def _always(method: Method) -> Method:
-    """The method, reading every prompt as it says."""
-    if isinstance(method, SparsePrefill):
-        return replace(method, dispatch="always")
-    return method if method.prefill is None else replace(method, prefill=replace(method.prefill, dispatch="always"))
 
 
 def _prompts(mode: Mode, sample: Sample) -> Iterator[tuple[list[int], list[tuple[int, Question]]]]:

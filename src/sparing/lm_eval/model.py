@@ -32,7 +32,7 @@ from sparing.core.budget import parse_keep
 from sparing.core.fingerprint import fingerprint
 from sparing.core.method import Method
 from sparing.core.parsing import parse_method
-from sparing.core.prefill import SparsePrefill
+from sparing.core.prefill import as_said
 from sparing.errors import (
     InputFileError,
     InvalidInputError,
@@ -92,7 +92,7 @@ class SparingLM(HFLM):
         chosen = None if recipe is None else load(recipe)
         spec = _spec(chosen, pretrained, dtype, device)
         drafts = Drafts(spec)
-        self.method = _as_said(_method(chosen, method, keep, drafts))
+        self.method = as_said(_method(chosen, method, keep, drafts))
         self.label = "full cache" if self.method is FULL else self.method.label
         self.held = Held()
         mine = {"pretrained": pretrained} if isinstance(pretrained, torch.nn.Module) else _arguments(spec)
@@ -238,10 +238,3 @@ def _method(recipe: Recipe | None, method: str | Method | None, keep: float | st
             raise InvalidInputError("keep", keep, "nothing without a method's name")
         return FULL if method is None else method
     return parse_method(method, 0.5 if keep is None else parse_keep(str(keep)), drafts)
-
-
-def _as_said(method: Method) -> Method:
-    """The method, reading every prompt as it says: also where dense attention would be faster."""
-    if isinstance(method, SparsePrefill):
-        return replace(method, dispatch="always")
-    return method if method.prefill is None else replace(method, prefill=replace(method.prefill, dispatch="always"))
