@@ -20,15 +20,7 @@ from sparing.tasks import registry
 CONTESTANTS = [Contestant("snapkv", 0.5), Contestant("keydiff+adaptive", 0.25), Contestant("xattention & knorm", 0.5)]
 CELLS = [Cell(registry.get(task), "query-agnostic", 128, (0, 1, 2)) for task in ("needle_single", "perplexity")]
 TIMES = ("prefill_s", "decode_s_per_token", "peak_rss_bytes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    """A local cluster of two CPUs for all tests below."""
-    module = pytest.importorskip("ray", reason="the extra sparing[ray] is not installed")
-    module.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield module
-    module.shutdown()
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 def swept(folder, cluster, progress=lambda cell: None):

@@ -16,15 +16,6 @@ from sparing.scoring import Settings
 SETTINGS = Settings(samples=5, length=160, batch_size=2)
 
 
-@pytest.fixture(scope="module")
-def ray():
-    """A local cluster of two CPUs."""
-    module = pytest.importorskip("ray", reason="the extra sparing[ray] is not installed")
-    module.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield module
-    module.shutdown()
-
-
 def of_one_process(scorer):
     loaded = ModelSpec().load()
     return sparing.score(
