@@ -170,6 +170,14 @@ def command() -> str:
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
+def conditions(seed: int | str, *packages: str) -> dict[str, Any]:
+    """How a result came about, with the versions of this project, torch, transformers and further packages."""
+    return {
+        "hardware": hardware(), "versions": versions("sparing", "torch", "transformers", *packages),
+        "command": command(), "seed": seed, "date": str(date.today()),
+    }  # fmt: skip
+
+
 def slug(cpu: str) -> str:
     """A CPU's name for a file name: "Intel(R) Xeon(R) Processor @ 2.80GHz" → "xeon-2.80ghz"."""
     text = re.sub(r"\([^)]*\)|\b(intel|amd|processor|cpu)\b|@", " ", cpu.lower())

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ from common import (
     SIZES,
     Time,
     bytes_held,
-    command,
+    conditions,
     decode,
-    hardware,
     header_text,
     median_ratio,
     medians,
@@ -40,7 +38,6 @@ from common import (
     table,
     timed,
     use_threads,
-    versions,
     write,
 )
 from kvpress_pairs import DRAWN, METHODS
@@ -126,7 +123,6 @@ class Sparing:
             if name == "leverage":
                 self.aligned[label] = sparing.Evict(keep, scorer=LeverageScore(sketch=0, first=0, recent=0))
         self.names = ["dynamic", "static", *self.methods]
-        self.versions = versions("torch", "transformers") | {"sparing": sparing.__version__}
         self.caches: dict[str, Any] = {}
         self.positions: dict[str, int] = {}
         self.tokens: dict[str, torch.Tensor] = {}
@@ -380,8 +376,7 @@ def main() -> None:
         records = measure({"kvpress": kvpress, "sparing": own}, args.rounds, args.steps, args.prefill_rounds)
         kvpress.close()
     result = {
-        "hardware": hardware(), "versions": own.versions, "kvpress_versions": kvpress.versions,
-        "command": command(), "seed": args.seed, "date": str(date.today()), "size": args.size, "dtype": args.dtype,
+        **conditions(args.seed), "kvpress_versions": kvpress.versions, "size": args.size, "dtype": args.dtype,
         "tokens": args.tokens, "prefill_rounds": args.prefill_rounds, "rounds": args.rounds, "steps": args.steps,
         "kept": kept, "why": {name: pair.why for name, pair in METHODS.items()}, "rows": summarize(records, args.steps),
     }  # fmt: skip

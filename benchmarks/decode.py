@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, field
-from datetime import date
 from typing import Any
 
 import torch
@@ -20,9 +19,8 @@ from common import (
     SIZES,
     Time,
     bytes_held,
-    command,
+    conditions,
     decode,
-    hardware,
     header_text,
     median_ratio,
     medians,
@@ -31,7 +29,6 @@ from common import (
     table,
     timed,
     use_threads,
-    versions,
     write,
 )
 from transformers import DynamicCache, StaticCache
@@ -238,9 +235,7 @@ def main() -> None:
         measure(found, args.rounds, args.steps)
         contexts[str(tokens)] = summarize(found, args.steps, bandwidth)
     result = {
-        "hardware": hardware(),
-        "versions": versions("torch", "transformers") | {"sparing": sparing.__version__},
-        "command": command(), "seed": args.seed, "date": str(date.today()), "size": args.size, "dtype": args.dtype,
+        **conditions(args.seed), "size": args.size, "dtype": args.dtype,
         "parameters": sum(p.numel() for p in model.parameters()), "rounds": args.rounds, "steps": args.steps,
         "bandwidth": bandwidth, "contexts": contexts, "kernel": native.status(),
     }  # fmt: skip

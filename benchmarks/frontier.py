@@ -13,11 +13,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from common import command, hardware, header_text, table, versions, write
+from common import conditions, header_text, table, write
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -88,11 +87,8 @@ def _sparing(*words: str) -> None:
 def write_down(name: str, title: str, found: list[dict[str, Any]], seeds: int, cost: Cost, more: str = "") -> None:
     """Table, numbers and picture of the rows."""
     sections = summary(found)
-    result = {
-        "command": command(), "hardware": hardware(), "versions": versions("sparing", "torch", "transformers"),
-        "seed": f"0 to {seeds - 1}", "date": date.today().isoformat(),
-        "entries": [_row(section, entry, cost) for section in sections for entry in section.entries],
-    }  # fmt: skip
+    entries = [_row(section, entry, cost) for section in sections for entry in section.entries]
+    result = conditions(f"0 to {seeds - 1}") | {"entries": entries}
     parts = [header_text(title, result), *(_markdown(section, cost) for section in sections), *([more] if more else [])]
     write(name, result, "\n\n".join(parts))
     _picture(sections, cost).savefig(ROOT / "docs" / f"{name}.svg", metadata={"Date": None})

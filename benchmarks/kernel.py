@@ -13,15 +13,13 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
 from typing import Any
 
 import torch
 from common import (
     DTYPES,
     Time,
-    command,
-    hardware,
+    conditions,
     header_text,
     median_ratio,
     medians,
@@ -29,12 +27,10 @@ from common import (
     table,
     timed,
     use_threads,
-    versions,
     write,
 )
 from torch.nn import functional as F
 
-import sparing
 from sparing.core.budget import round_to_total
 from sparing.core.scorer import Softmax
 from sparing.kernels import native
@@ -196,15 +192,14 @@ def main() -> None:
     args = parse()
     use_threads(args.threads)
     bandwidth = gpu_bandwidth() if args.device == "cuda" else read_bandwidth()
-    machine = hardware() | ({"cpu": torch.cuda.get_device_name()} if args.device == "cuda" else {})
     dtypes = {name: measure(args, DTYPES[name], bandwidth) for name in args.dtype}
     result = {
-        "hardware": machine, "device": args.device,
-        "versions": versions("torch", "transformers") | {"sparing": sparing.__version__},
-        "command": command(), "seed": args.seed, "date": str(date.today()), "rounds": args.rounds,
+        **conditions(args.seed), "device": args.device, "rounds": args.rounds,
         "calls": args.calls, "bandwidth": bandwidth, "kernel": native.status(), "dtypes": dtypes,
         "shape": {name: getattr(args, name) for name in ("heads", "kv_heads", "dim", "tokens")},
     }  # fmt: skip
+    if args.device == "cuda":
+        result["hardware"]["cpu"] = torch.cuda.get_device_name()
     write(args.name, result, markdown(result))
 
 

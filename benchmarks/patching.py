@@ -14,13 +14,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from common import Time, command, hardware, header_text, median_ratio, medians, table, use_threads, versions, write
+from common import Time, conditions, header_text, median_ratio, medians, table, use_threads, write
 from tokenizers import Tokenizer, models
 
 HERE = Path(__file__).parent
@@ -277,8 +276,7 @@ def main() -> None:
     use_threads(1)
     found = [measure(size, args) for size in args.sizes]
     result = {
-        "hardware": hardware(), "versions": versions("torch", "transformers"), "command": command(),
-        "seed": args.seed, "date": str(date.today()), "tokens": args.tokens, "rounds": args.rounds,
+        **conditions(args.seed), "tokens": args.tokens, "rounds": args.rounds,
         "core": args.core, "models": found,
     }  # fmt: skip
     write(args.name, result, markdown(result))

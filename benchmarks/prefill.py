@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from common import (
     DTYPES,
     SIZES,
     Time,
-    command,
-    hardware,
+    conditions,
     header_text,
     median_ratio,
     medians,
@@ -29,7 +27,6 @@ from common import (
     table,
     timed,
     use_threads,
-    versions,
     write,
 )
 from transformers import DynamicCache
@@ -152,9 +149,7 @@ def main() -> None:
     model = random_llama(args.size, DTYPES[args.dtype], args.seed)
     records = measure(model, random_prompt(args.tokens, args.seed), args.keep, args.rounds)
     result = {
-        "hardware": hardware(),
-        "versions": versions("torch", "transformers") | {"sparing": sparing.__version__},
-        "command": command(), "seed": args.seed, "date": str(date.today()), "size": args.size, "dtype": args.dtype,
+        **conditions(args.seed), "size": args.size, "dtype": args.dtype,
         "parameters": sum(p.numel() for p in model.parameters()), "tokens": args.tokens, "keep": args.keep,
         "rounds": args.rounds, "rows": summarize(records),
     }  # fmt: skip

@@ -9,24 +9,11 @@ import argparse
 import random
 import re
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    command,
-    hardware,
-    header_text,
-    median_ratio,
-    medians,
-    random_llama,
-    table,
-    timed,
-    use_threads,
-    versions,
-    write,
-)
+from common import conditions, header_text, median_ratio, medians, random_llama, table, timed, use_threads, write
 from rank_bm25 import BM25Okapi
 
 from sparing.adapters.lens import ModelLens
@@ -197,8 +184,7 @@ def main() -> None:
     sets = range(args.seed, args.seed + args.sets)
     random_model = random_llama("14m", torch.float32, 0)
     result = {
-        "hardware": hardware(), "versions": versions("sparing", "torch", "transformers", "rank-bm25"),
-        "command": command(), "seed": args.seed, "date": str(date.today()), "rounds": args.rounds,
+        **conditions(args.seed, "rank-bm25"), "rounds": args.rounds,
         "random_rounds": RANDOM_ROUNDS, "heads": heads.top(HEADS), "quality": quality(loaded, sets, heads),
         "times": [
             *times("bundled", loaded.model, loaded.tokenizer, args.rounds),

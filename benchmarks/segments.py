@@ -12,15 +12,13 @@ import argparse
 import itertools
 import random
 import re
-from datetime import date
 from functools import partial
 from typing import Any
 
 import torch
 from common import (
     Time,
-    command,
-    hardware,
+    conditions,
     header_text,
     median_ratio,
     medians,
@@ -29,9 +27,8 @@ from common import (
     table,
     timed,
     use_threads,
-    versions,
     write,
-)  # fmt: skip
+)
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -68,10 +65,7 @@ def main() -> None:
             for count in DOCUMENTS
         ]
     costs = [cost(count, given.rounds, given.seed) for count in COSTS]
-    result = {
-        "command": command(), "seed": given.seed, "date": str(date.today()), "hardware": hardware(),
-        "versions": versions("sparing", "torch", "transformers"), "answers": answers, "costs": costs,
-    }  # fmt: skip
+    result = conditions(given.seed) | {"answers": answers, "costs": costs}
     write("segments", result, text(result, given))
 
 

@@ -19,11 +19,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from typing import Any
 
 import httpx
-from common import command, hardware, header_text, table, use_threads, versions, write
+from common import conditions, header_text, table, use_threads, write
 from openai import AsyncOpenAI
 from transformers import AutoTokenizer
 
@@ -229,11 +228,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     use_threads(arguments.threads)
-    packages = ("sparing", "torch", "transformers", "fastapi", "uvicorn", "openai")
-    result = {
-        "hardware": hardware(), "versions": versions(*packages), "command": command(), "seed": arguments.seed,
-        "date": str(date.today()), "arguments": vars(arguments), "load": measure(arguments),
-    }  # fmt: skip
+    result = conditions(arguments.seed, "fastapi", "uvicorn", "openai")
+    result |= {"arguments": vars(arguments), "load": measure(arguments)}
     loaded = result["load"]
     write("serve_load", result, words(result))
     if loaded["lost"] or loaded["mixed_up"] or loaded["bytes_left"]:

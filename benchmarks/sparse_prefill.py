@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -22,8 +21,7 @@ from common import (
     DTYPES,
     SIZES,
     Time,
-    command,
-    hardware,
+    conditions,
     header_text,
     median_ratio,
     random_llama,
@@ -31,7 +29,6 @@ from common import (
     table,
     timed,
     use_threads,
-    versions,
     write,
 )
 from torch.nn import functional as F
@@ -305,8 +302,7 @@ def main() -> None:
     model = random_llama(args.size, DTYPES[args.dtype], 0)
     names = split_methods(args.methods)
     result = {
-        "hardware": hardware(), "versions": versions("sparing", "torch", "transformers"), "command": command(),
-        "seed": 0, "date": str(date.today()), "size": args.size, "dtype": args.dtype, "rounds": args.rounds,
+        **conditions(0), "size": args.size, "dtype": args.dtype, "rounds": args.rounds,
         "kernels": kernels(args.kernel_lengths, list(DTYPES), args.rounds, args.device),
         "inside": inside(model, args.lengths, names, args.keep, args.rounds),
         "auto": dispatched(model, args.auto_lengths, split_methods(args.auto_methods), [0.5, 0.25], args.rounds),

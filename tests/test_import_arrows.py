@@ -42,11 +42,7 @@ FORBIDDEN = {
 }  # fmt: skip
 
 # The registry walks the methods package on first use, so that a method is registered in its own file alone.
-ALLOWED = {
-    ("sparing.core.method", "sparing.methods"),
-    ("sparing.core.head_scorer", "sparing.methods"),
-    ("sparing.core.ranker", "sparing.methods"),
-}
+ALLOWED = {("sparing.core.registry", "sparing.methods")}
 
 TRANSFORMERS = (
     "sparing.adapters", "sparing.session", "sparing.scoring", "sparing.loading", "sparing.models", "sparing.compare",

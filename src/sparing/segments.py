@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparing.adapters.attach import Attachment
-from sparing.adapters.segments import SEGMENTS, SegmentedCache, require_turnable, take_layer, zero_positions
+from sparing.adapters.segments import SEGMENTS, UPDATED, SegmentedCache, require_turnable, zero_positions
+from sparing.core.placement import input_device
 from sparing.core.segments import Ids, SegmentedPrompt
 from sparing.errors import CacheStateError, InvalidInputError, require
 from sparing.methods.rerank.pine import Pine
@@ -45,7 +46,7 @@ class SegmentSession:
     ) -> None:
         assert self._attachment is not None
         self._hook.remove()
-        take_layer()  # an exception may have come between a layer's update and its attention
+        UPDATED.take()  # an exception may have come between a layer's update and its attention
         self._attachment.detach()
         self._attachment = None
 
@@ -91,11 +92,10 @@ class SegmentSession:
     def _begin(self, prefix: Ids, segments: Sequence[Ids], suffix: Ids) -> tuple[Tensor, SegmentedCache]:
         """The (1, n) ids of a prompt and an empty cache for it."""
         prompt = SegmentedPrompt.of(prefix, segments, suffix).in_canonical_order()
-        embeddings = self.model.get_input_embeddings()
-        known = embeddings.num_embeddings
+        known = self.model.get_input_embeddings().num_embeddings
         if max(prompt.ids) >= known:
             raise InvalidInputError("token id", max(prompt.ids), f"below {known}, the model's vocabulary")
-        return torch.tensor([prompt.ids], device=embeddings.weight.device), self._new_cache(prompt)
+        return torch.tensor([prompt.ids], device=input_device(self.model)), self._new_cache(prompt)
 
     def _new_cache(self, prompt: SegmentedPrompt) -> SegmentedCache:
         """A cache for a prompt as it stands, its segments in the order that they have."""
@@ -107,7 +107,7 @@ class SegmentSession:
     @staticmethod
     def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the positions out of forwards that fill one of our caches."""
-        take_layer()  # of a forward that was interrupted
+        UPDATED.take()  # of a forward that was interrupted
         if isinstance(kwargs.get("past_key_values"), SegmentedCache):
             return args, zero_positions(args, kwargs)
         return None

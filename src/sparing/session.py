@@ -20,7 +20,7 @@ from sparing.adapters.attention import CACHING
 from sparing.adapters.cache import EvictingCache
 from sparing.adapters.cascade_hooks import CascadeHooks
 from sparing.adapters.cascading import Cascading
-from sparing.adapters.handles import take_updated_layer
+from sparing.adapters.handles import UPDATED
 from sparing.adapters.lens import ModelLens
 from sparing.adapters.shortening import implied_mask, short_arguments, shorten, whole_output
 from sparing.adapters.structure import read_structure
@@ -77,7 +77,7 @@ class Session:
         if self._cascade is not None:
             self._cascade.remove()
             self._cascade = None
-        take_updated_layer()  # an exception may have come between a layer's update and its attention
+        UPDATED.take()  # an exception may have come between a layer's update and its attention
         assert self._attachment is not None
         self._attachment.detach()
         self._attachment = None
@@ -221,7 +221,7 @@ class Session:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a call without a cache one of ours; refuse a cache that cannot be compressed."""
-        take_updated_layer()  # of a forward that was interrupted
+        UPDATED.take()  # of a forward that was interrupted
         self._follow(None)
         past = kwargs.get("past_key_values")
         if past is None and kwargs.get("use_cache") is False:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from live import Live, load, serving
 
 from sparing.core.parsing import parse_method
-
-sys.path.append(str(Path(__file__).parent.parent / "compare"))  # for `browser`
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import BROWSER, DRIVER, FLAGS, focus, needs_browser, press, requests, resize, scheme
+from browser import focus, needs_browser, press, requests, resize, scheme
 from live import QUESTION, Live, load, needle, serving, wait_for
 
 from sparing.core.parsing import parse_method
@@ -15,21 +14,6 @@ from sparing.core.parsing import parse_method
 pytestmark = needs_browser
 
 TEXT = needle("amber river", "71234") + " <b>bold</b> & 日本語 🎉"
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.binary_location = str(BROWSER)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield started
-    started.quit()
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ import openai
 import pytest
 from live import FILLER, Live, load, serving
 
+from sparing.core.budget import parse_bytes
 from sparing.core.parsing import parse_method
 from sparing.errors import InvalidInputError
 from sparing.serve import guards
 from sparing.serve.server import bind
-from sparing.serve.settings import Settings, is_loopback, parse_size
+from sparing.serve.settings import Settings, is_loopback
 
 CHAT, TEXT, DOCUMENTS = "/v1/chat/completions", "/v1/completions", "/v1/documents"
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -323,7 +324,7 @@ def test_a_token_is_never_shown() -> None:
 
 
 def test_sizes() -> None:
-    assert (parse_size("memory", "2GiB"), parse_size("memory", "500 kB")) == (2**31, 500_000)
+    assert (parse_bytes("2GiB"), parse_bytes("500 kB")) == (2**31, 500_000)
     for wrong in ("2", "lots", "-1GiB", "0B"):
         with pytest.raises(InvalidInputError, match="memory"):
-            parse_size("memory", wrong)
+            parse_bytes(wrong, "memory")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from sparing.compare.cells import Contestant
+from sparing.core.budget import parse_bytes
 from sparing.errors import InvalidInputError
 from sparing.tasks import Interval
-from sparing.tune.request import Request, parse_bytes, parse_seconds, parse_share
+from sparing.tune.request import Request, parse_seconds, parse_share
 from sparing.tune.standing import Standing
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparing.adapters.attach import Registration
-from sparing.adapters.handles import RaggedHandle, take_updated_layer
-from sparing.adapters.masks import LazyMask, lazy_mask
+from sparing.adapters.handles import UPDATED, RaggedHandle
+from sparing.adapters.masks import lazy_mask, mask_for_base, padding_of
 from sparing.core.scorer import Softmax
 from sparing.errors import UnsupportedModelError
 
@@ -32,30 +32,27 @@ def attention_over(base: str) -> Callable[..., AttentionResult]:
         value: Tensor,
         attention_mask: Tensor | None = None,
         scaling: float | None = None,
-        dropout: float = 0.0,
         **kwargs: Any,
     ) -> AttentionResult:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        softmax = softmax_of(query, scaling, kwargs)
+        padding = padding_of(attention_mask)
         if isinstance(key, RaggedHandle):
             if kwargs.get("position_bias") is not None:
                 problem = "adds a position bias to its logits, which ragged heads do not offer"
                 raise UnsupportedModelError(type(module).__name__, problem)
-            take_updated_layer()
-            padding = attention_mask.padding if isinstance(attention_mask, LazyMask) else None
+            UPDATED.take()
             return key.layer.attend(query, softmax, padding).transpose(1, 2).contiguous(), None
-        layer = take_updated_layer()
-        padding = attention_mask.padding if isinstance(attention_mask, LazyMask) else None
+        layer = UPDATED.take()
         if layer is not None:
             layer.receive(module, query, key)
             sparse = layer.attend_sparsely(query, key, value, softmax, attention_mask, kwargs.get("position_bias"))
             if sparse is not None:
                 layer.observe(query, key, value, softmax, padding)
                 return layer.gated(sparse.transpose(1, 2)).contiguous(), None
-        mask = attention_mask.for_base() if isinstance(attention_mask, LazyMask) else attention_mask
+        mask = mask_for_base(attention_mask)
         if layer is not None:
             mask = layer.short_mask(query, mask, base)
-        out = base_attention(base, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        out = base_attention(base, module)(module, query, key, value, mask, scaling=scaling, **kwargs)
         if layer is not None:
             layer.observe(query, key, value, softmax, padding)
             return layer.gated(out[0]), out[1]
@@ -71,6 +68,12 @@ def base_attention(base: str, module: nn.Module) -> Callable[..., AttentionResul
         return function
     shared: Callable[..., AttentionResult] = ALL_ATTENTION_FUNCTIONS[base]
     return shared
+
+
+def softmax_of(query: Tensor, scaling: float | None, extras: dict[str, Any]) -> Softmax:
+    """The softmax of an attention call, by its further arguments."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return Softmax(scale, extras.get("softcap"), extras.get("s_aux"))
 
 
 CACHING = Registration({"sdpa": "sparing", "eager": "sparing_eager"}, attention_over, lazy_mask)

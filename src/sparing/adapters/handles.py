@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,21 +14,28 @@ from sparing.errors import CacheStateError
 if TYPE_CHECKING:
     from sparing.adapters.layers import EvictingLayer
 
-# The layer whose `update` was the last in this thread: the attention call that follows belongs to it. transformers
-# hands the attention function no cache, and `module.layer_idx` is not always the cache's index.
-_current = threading.local()
+Layer = TypeVar("Layer")
 
 
-def note_updated_layer(layer: EvictingLayer) -> None:
-    """The layer's `update` has run in this thread."""
-    _current.layer = weakref.ref(layer)
+class LastUpdated(threading.local, Generic[Layer]):
+    """The layer whose `update` was the last in this thread: the attention call that follows belongs to it.
+
+    transformers hands the attention function no cache, and `module.layer_idx` is not always the cache's index.
+    """
+
+    _reference: weakref.ref[Layer] | None = None
+
+    def note(self, layer: Layer) -> None:
+        """The layer's `update` has run in this thread."""
+        self._reference = weakref.ref(layer)
+
+    def take(self) -> Layer | None:
+        """The layer that was just updated, once."""
+        reference, self._reference = self._reference, None
+        return None if reference is None else reference()
 
 
-def take_updated_layer() -> EvictingLayer | None:
-    """The layer that was just updated, once."""
-    reference = getattr(_current, "layer", None)
-    _current.layer = None
-    return reference() if reference is not None else None
+UPDATED: LastUpdated[EvictingLayer] = LastUpdated()
 
 
 class RaggedHandle(Tensor):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparing.adapters.cascading import Cascading, Rows
 from sparing.adapters.following import attend_and_follow, show_pending
-from sparing.adapters.handles import RaggedHandle, note_updated_layer
+from sparing.adapters.handles import UPDATED, RaggedHandle
 from sparing.adapters.holding import HoldingLayer
 from sparing.adapters.reading import attend_and_read
 from sparing.core.scorer import Queries, Softmax
@@ -50,7 +50,7 @@ class EvictingLayer(HoldingLayer):
         count = key_states.shape[-2]
         prefilling = self.cache.prefilling
         rows = prefilling.rows_for(self) if isinstance(prefilling, Cascading) else None
-        note_updated_layer(self)
+        UPDATED.note(self)
         if self.store is not None:
             self.store.append(key_states, value_states, self.seen)
         elif self.reading is not None:

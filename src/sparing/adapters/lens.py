@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from sparing.adapters.attach import Attachment, Registration, is_attached
-from sparing.adapters.attention import base_attention
+from sparing.adapters.attention import base_attention, softmax_of
 from sparing.adapters.discovery import LensLayer, OnCall, discover, swapped
-from sparing.adapters.masks import LazyMask, lazy_mask
+from sparing.adapters.masks import LazyMask, lazy_mask, mask_for_base
 from sparing.adapters.prefix import holds_keys_only, read_only
 from sparing.adapters.relevance import relevance_rules
 from sparing.adapters.structure import require_plain_cache
 from sparing.core.fingerprint import fingerprint
 from sparing.core.lens import Attend, AttentionCall, AttentionHook, Site, SiteHook
 from sparing.core.placement import input_device, stored_parameter
-from sparing.core.scorer import Softmax
 from sparing.core.scores import ModelIdentity
 from sparing.errors import InvalidInputError, UnsupportedModelError
 
@@ -221,20 +220,18 @@ def _attention_over(base: str) -> Callable[..., tuple[Tensor, None]]:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         function = base_attention(base, module)
-        mask = attention_mask.for_base() if isinstance(attention_mask, LazyMask) else attention_mask
+        mask = mask_for_base(attention_mask)
 
         def attend(call: AttentionCall) -> Tensor:
             out: Tensor = function(module, call.queries, call.keys, call.values, mask, scaling=scaling, **kwargs)[0]
             return out
 
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        softmax = Softmax(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
         for recorder in _recorders:
             recorder(module, query, key, value)
         number, hooks = _hooks.get(module, (-1, []))
         may_see = _visibility(module, query, key, attention_mask)
         starts = _starts(key, attention_mask, may_see, kwargs)
-        call = AttentionCall(number, query, key, value, softmax, may_see, starts)
+        call = AttentionCall(number, query, key, value, softmax_of(query, scaling, kwargs), may_see, starts)
         chain: Attend = attend
         for hook in hooks:
             chain = _wrap(hook, chain)

@@ -97,6 +97,16 @@ def lazy_mask(base: str) -> Callable[..., Tensor | None]:
     return build
 
 
+def mask_for_base(mask: Tensor | None) -> Tensor | None:
+    """What the model's own attention would have received in place of a mask that we were given."""
+    return mask.for_base() if isinstance(mask, LazyMask) else mask
+
+
+def padding_of(mask: Tensor | None) -> Tensor | None:
+    """(B, tokens) bool of a mask that we were given, False for pads; None if there is none."""
+    return mask.padding if isinstance(mask, LazyMask) else None
+
+
 def check_left_pads(is_token: Tensor) -> None:
     """Refuse pads, False in (B, n) bool, that are not on the left.
 

@@ -6,7 +6,6 @@ unrotated, an ordinary layer stores them so, and whoever attends turns them to t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +15,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparing.adapters.attach import Registration
 from sparing.adapters.attention import AttentionResult, base_attention
+from sparing.adapters.handles import LastUpdated
 from sparing.adapters.lens import ModelLens
-from sparing.adapters.masks import LazyMask, lazy_mask
+from sparing.adapters.masks import lazy_mask, mask_for_base
 from sparing.adapters.rotary import ModelRotary
 from sparing.adapters.structure import read_structure
 from sparing.core.lens import Attend, AttentionCall
+from sparing.core.placement import stored_parameter
 from sparing.core.segments import Layout, SegmentAttention, SegmentCall
 from sparing.errors import CacheStateError, UnsupportedModelError
 
@@ -29,9 +30,6 @@ _REFUSED = ("sliding_window", "position_bias", "indices", "block_indices")
 _FIX = "use a model with rotary positions and full attention in every layer, e.g. Llama or Qwen3"
 # Positions by which a table of angles grows at least.
 _GROWTH = 1024
-
-# The layer whose `update` was the last in this thread: the attention call that follows belongs to it.
-_current = threading.local()
 
 
 class Turning:
@@ -75,9 +73,19 @@ class SegmentedLayer(DynamicLayer):
         self.cache = cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new tokens; the attention call that follows is this layer's."""
-        _current.layer = self
+        """Store new tokens; the attention call that follows is this layer's.
+
+        Raises:
+            CacheStateError: the attention call of the layer before never came by.
+        """
+        if UPDATED.take() is not None:
+            problem = "a cache of segments, whose keys are not rotated, is used outside its session"
+            raise CacheStateError(problem, "use it inside `with sparing.position_invariant(model) as session:`")
+        UPDATED.note(self)
         return super().update(key_states, value_states, *args, **kwargs)
+
+
+UPDATED: LastUpdated[SegmentedLayer] = LastUpdated()
 
 
 class SegmentedCache(Cache):
@@ -104,7 +112,9 @@ class SegmentedCache(Cache):
         if start < end and (start > 0 or tokens < end):
             problem = f"tokens {start} to {tokens} are read, but the {end} up to the last segment see each other"
             raise CacheStateError(problem, "read the prompt in one forward (prefill_chunk_size=None)")
-        turn = self._turnings.setdefault(query.device, Turning(self._rotary, query))
+        turn = self._turnings.get(query.device)
+        if turn is None:
+            turn = self._turnings[query.device] = Turning(self._rotary, query)
         turn.reserve(tokens + end)
         return self._method.attend(SegmentCall(query, keys, values, self.layout, scaling, turn))
 
@@ -113,13 +123,6 @@ def zero_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
     """The arguments by name of a model's forward, with positions that rotate nothing."""
     tokens: Tensor = args[0] if args else kwargs["input_ids"]
     return {**kwargs, "position_ids": torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)}
-
-
-def take_layer() -> SegmentedLayer | None:
-    """The layer that was just updated, once."""
-    layer: SegmentedLayer | None = getattr(_current, "layer", None)
-    _current.layer = None
-    return layer
 
 
 def _attention_over(base: str) -> Callable[..., AttentionResult]:
@@ -132,14 +135,12 @@ def _attention_over(base: str) -> Callable[..., AttentionResult]:
         value: Tensor,
         attention_mask: Tensor | None = None,
         scaling: float | None = None,
-        dropout: float = 0.0,
         **kwargs: Any,
     ) -> AttentionResult:
-        layer = take_layer()
+        layer = UPDATED.take()
         if layer is None:
-            mask = attention_mask.for_base() if isinstance(attention_mask, LazyMask) else attention_mask
             function = base_attention(base, module)
-            return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+            return function(module, query, key, value, mask_for_base(attention_mask), scaling=scaling, **kwargs)
         name = type(module).__name__
         if key is not layer.keys or value is not layer.values:
             raise UnsupportedModelError(name, "its attention changes keys or values after they were cached", _FIX)
@@ -195,7 +196,8 @@ def _trial_run(model: Any) -> tuple[list[AttentionCall], Tensor]:
         return attend(call)
 
     positions = torch.tensor([0, 7, (lens.max_length or 4096) - 1], device=lens.device)
-    token = model.get_input_embeddings().weight.norm(dim=-1).argmax()  # that of a pad is 0, and so is all it turns into
+    embeddings = stored_parameter(model.get_input_embeddings(), "weight")
+    token = embeddings.norm(dim=-1).argmax().to(lens.device)  # that of a pad is 0, and so is all it turns into
     with lens.hooked(attention=watch):
         model(token.expand(3, 1), position_ids=positions[:, None], use_cache=False)
     return calls, positions

@@ -40,14 +40,15 @@ def serve(
     from sparing.serve import require_extra
 
     require_extra()
+    from sparing.core.budget import parse_bytes
     from sparing.core.ranker import parse_ranker
     from sparing.serve.server import bind, url_of
     from sparing.serve.server import serve as run
-    from sparing.serve.settings import Settings, parse_size
+    from sparing.serve.settings import Settings
 
     settings = Settings(
-        host, port, parse_size("memory", memory), max_concurrent, max_queue,
-        parse_size("max_request_bytes", max_request_bytes), _token(token_env),
+        host, port, parse_bytes(memory, "memory"), max_concurrent, max_queue,
+        parse_bytes(max_request_bytes, "max_request_bytes"), _token(token_env),
     )  # fmt: skip
     by = parse_ranker(ranker)
     recipe = recipe_of(click.get_current_context(), recipe_file)

@@ -49,10 +49,11 @@ def tune(
     """Find what to run for your model, your work and your limits, and write it down as a recipe."""
     from sparing.cli.comparing import split_tasks, whole_numbers
     from sparing.cli.progress import ProgressBar
+    from sparing.core.budget import parse_bytes
     from sparing.core.parsing import parse_method, split_methods
     from sparing.tune import Request
     from sparing.tune import tune as search
-    from sparing.tune.request import parse_bytes, parse_seconds, parse_share
+    from sparing.tune.request import parse_seconds, parse_share
 
     def given(parse: Any, text: str | None) -> Any:
         return None if text is None else parse(text)

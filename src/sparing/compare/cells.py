@@ -69,7 +69,7 @@ class Cell:
         return self.task.label + (f"@{self.length}" if self.length else "")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Observation:
     """What one contestant did on one context of a cell.
 

@@ -157,16 +157,17 @@ class ContextWorker:
                         reset_peak_memory()
                         compressed = engine.compress(reading, self.method(contestant))
                         mine = notes[contestant]
+                        observed = mine.observed
                         mine.account(compressed)
                         for number, question in questions:
-                            output = _ask(engine, cell, question, reading, compressed, mine)
+                            output = _ask(engine, cell, question, reading, compressed, observed)
                             if contestant.is_full:
                                 full[number] = output
-                            mine.scores.append(_score(cell.task, question, output, full[number]))
+                            observed.scores.append(_score(cell.task, question, output, full[number]))
                             if example is not None and number == 0:
                                 example.add(contestant, compressed.cache, output, self._layers)
-                        mine.read += compressed.read
-                        mine.peak = max(mine.peak, peak_memory_bytes() or 0)
+                        observed.read += compressed.read
+                        observed.peak = max(observed.peak, peak_memory_bytes() or 0)
         observations = [mine.observation(self._layers) for mine in notes.values()]
         return Done(observations, time.perf_counter() - began, example)
 
@@ -200,39 +201,29 @@ class ContextWorker:
 
 @dataclass
 class _Notes:
-    """An observation in the making."""
+    """An observation in the making, and the plans of its prompts so far."""
 
-    scores: list[float] = field(default_factory=list)
-    bytes_full: list[int] = field(default_factory=list)
-    bytes_kept: list[int] = field(default_factory=list)
-    prefill: list[float] = field(default_factory=list)
-    decode_seconds: float = 0.0
-    decode_steps: int = 0
-    peak: int = 0
+    observed: Observation = field(default_factory=Observation)
     plans: list[Plan] = field(default_factory=list)
-    read: list[float] = field(default_factory=list)
-    density: list[float] = field(default_factory=list)
 
     def account(self, compressed: Compressed) -> None:
         """Note what a compressed prompt takes."""
         cache = compressed.cache
-        self.bytes_full.append(cache.bytes_full)
-        self.bytes_kept.append(cache.bytes_kept)
-        self.prefill.append(compressed.seconds)
+        self.observed.bytes_full.append(cache.bytes_full)
+        self.observed.bytes_kept.append(cache.bytes_kept)
+        self.observed.prefill.append(compressed.seconds)
         if cache.plan is not None:
             self.plans.append(cache.plan)
         if cache.density is not None:
-            self.density.append(cache.density)
+            self.observed.density.append(cache.density)
 
     def observation(self, layers: int) -> Observation:
         """All of it."""
-        values = dict(vars(self))
-        plans: list[Plan] = values.pop("plans")
-        return Observation(**values, shares=_mean_shares(plans, layers))
+        return replace(self.observed, shares=_mean_shares(self.plans, layers))
 
 
 def _ask(
-    engine: Engine, cell: Cell, question: Question, reading: Reading, compressed: Compressed, notes: _Notes
+    engine: Engine, cell: Cell, question: Question, reading: Reading, compressed: Compressed, observed: Observation
 ) -> str:
     """The answer as text; for likelihood tasks the mean loss, written as a number."""
     aware = cell.mode == "query-aware"
@@ -241,8 +232,8 @@ def _ask(
     if cell.task.kind == "likelihood":
         return repr(engine.mean_loss(compressed, fed, question.target_ids, first))
     output = engine.answer(compressed, fed, question.max_new_tokens, first, one_line=question.one_line)
-    notes.decode_seconds += output.decode_seconds
-    notes.decode_steps += output.decode_steps
+    observed.decode_seconds += output.decode_seconds
+    observed.decode_steps += output.decode_steps
     return engine.text(output)
 
 

@@ -50,7 +50,7 @@ class Budget:
             InvalidInputError: nan, a ratio outside (0, 1], a count below 1, or text that is no size.
         """
         if isinstance(keep, str):
-            return cls("bytes", _parse_bytes(keep))
+            return cls("bytes", parse_bytes(keep, "keep", _ALLOWED))
         if isinstance(keep, bool) or not isinstance(keep, int | float):
             raise InvalidInputError("keep", keep, _ALLOWED)
         if isinstance(keep, int):
@@ -89,11 +89,16 @@ class Budget:
         return self.kind == "ratio" and self.amount == 1.0
 
 
-def _parse_bytes(text: str) -> float:
+def parse_bytes(text: str, what: str = "bytes", allowed: str = 'a size such as "64MiB" or "2GiB"') -> int:
+    """Bytes as typed on a command line: "2GiB". `what`, `allowed`: for the message.
+
+    Raises:
+        InvalidInputError: no size.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", text, flags=re.IGNORECASE)
     if match is None or float(match.group(1)) <= 0:
-        raise InvalidInputError("keep", text, _ALLOWED)
-    return float(match.group(1)) * _UNITS[match.group(2).upper()]
+        raise InvalidInputError(what, text, allowed)
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
 def parse_keep(text: str) -> Keep:

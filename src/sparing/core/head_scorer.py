@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
-import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +14,10 @@ from torch import Tensor
 
 from sparing.core.lens import Lens
 from sparing.core.recipe_text import build, parse_call
+from sparing.core.registry import Registry
 from sparing.core.samples import DataKind
 from sparing.core.scores import ModelIdentity, Scores, count_of
-from sparing.errors import InvalidInputError, UnknownNameError
+from sparing.errors import InvalidInputError
 
 Family = Literal["retrieval", "attention", "causal", "learned"]
 
@@ -180,7 +179,7 @@ class RunningMean:
 
 
 S = TypeVar("S", bound=HeadScorer)
-_REGISTRY: dict[str, ScorerInfo] = {}
+SCORERS: Registry[ScorerInfo] = Registry("scorer")
 
 
 def register_scorer(
@@ -194,20 +193,15 @@ def register_scorer(
     """
 
     def add(scorer: type[S]) -> type[S]:
-        assert name not in _REGISTRY, f"two scorers named {name}"
-        scorer.info = _REGISTRY[name] = ScorerInfo(name, family, axes, data, paper, summary, scorer)
+        scorer.info = SCORERS.add(name, ScorerInfo(name, family, axes, data, paper, summary, scorer))
         return scorer
 
     return add
 
 
 def scorers() -> dict[str, ScorerInfo]:
-    """All registered scorers by name; imports the `methods` package on first use."""
-    import sparing.methods
-
-    for module in pkgutil.walk_packages(sparing.methods.__path__, "sparing.methods."):
-        importlib.import_module(module.name)
-    return dict(sorted(_REGISTRY.items()))
+    """All registered scorers by name."""
+    return SCORERS.all()
 
 
 def parse_scorer(text: str) -> HeadScorer:
@@ -217,10 +211,7 @@ def parse_scorer(text: str) -> HeadScorer:
         UnknownNameError: no such scorer. InvalidInputError: a field or value that it does not take.
     """
     name, given = parse_call(text, "scorer")
-    known = scorers()
-    if name not in known:
-        raise UnknownNameError("scorer", name, known)
-    made: HeadScorer = build(known[name].scorer, given, name)
+    made: HeadScorer = build(SCORERS.find(name).scorer, given, name)
     return made
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_args
@@ -12,6 +10,7 @@ from sparing.core.actions import Action, Drop, Rerotate
 from sparing.core.allocate import Allocator, Uniform
 from sparing.core.budget import Budget, Keep
 from sparing.core.reader import Reader, Watching
+from sparing.core.registry import Registry
 from sparing.core.scorer import Scorer
 from sparing.core.scores import Scores
 from sparing.core.token_scores import Unit
@@ -256,7 +255,7 @@ class Evict(Method):
 
 
 M = TypeVar("M", bound=Method)
-_REGISTRY: dict[str, MethodInfo] = {}
+METHODS: Registry[MethodInfo] = Registry("method")
 
 
 def register(
@@ -284,19 +283,13 @@ def register(
     """
 
     def add(recipe: type[M]) -> type[M]:
-        assert name not in _REGISTRY, f"two methods named {name}"
         info = MethodInfo(name, family, unit, moment, paper, summary, training_free, needs, takes, needs_draft, recipe)
-        recipe.info = info
-        _REGISTRY[name] = info
+        recipe.info = METHODS.add(name, info)
         return recipe
 
     return add
 
 
 def methods() -> dict[str, MethodInfo]:
-    """All registered methods by name; imports the `methods` package on first use."""
-    import sparing.methods
-
-    for module in pkgutil.walk_packages(sparing.methods.__path__, "sparing.methods."):
-        importlib.import_module(module.name)
-    return dict(sorted(_REGISTRY.items()))
+    """All registered methods by name."""
+    return METHODS.all()

@@ -11,7 +11,7 @@ from sparing.core.allocate import ALLOCATORS
 from sparing.core.allocate_blocks import BLOCK_ALLOCATORS
 from sparing.core.budget import Keep
 from sparing.core.cascade import Cascade
-from sparing.core.method import Evict, Method, methods
+from sparing.core.method import METHODS, Evict, Method
 from sparing.core.prefill import BlockSparse, SparsePrefill
 from sparing.core.prompt import PromptDropper
 from sparing.core.recipe_text import build, parse_call
@@ -70,16 +70,14 @@ def _single(text: str, defaults: dict[str, Any], load_draft: Callable[[str], Any
     """One method, with an allocator or without."""
     head, plus, tail = text.partition("+")
     name, words = parse_call(head, "method")
-    known = methods()
-    if name not in known:
-        raise UnknownNameError("method", name, known)
-    allocator = _allocator(tail, known[name].recipe) if plus else None
+    info = METHODS.find(name)
+    allocator = _allocator(tail, info.recipe) if plus else None
     given = defaults | words
-    if known[name].needs + known[name].takes and "scores" in words:
+    if info.needs + info.takes and "scores" in words:
         given["scores"] = load_scores(words["scores"])
-    if known[name].needs_draft and "draft" in words and load_draft is not None:
+    if info.needs_draft and "draft" in words and load_draft is not None:
         given["draft"] = load_draft(words["draft"])
-    recipe: Method = build(known[name].recipe, given, name)
+    recipe: Method = build(info.recipe, given, name)
     return recipe if allocator is None else _allocated(recipe, allocator, name)
 
 

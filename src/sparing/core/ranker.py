@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -13,8 +11,9 @@ from torch import Tensor
 from sparing.core.lens import Lens
 from sparing.core.ranking_prompt import PromptText
 from sparing.core.recipe_text import build, parse_call
+from sparing.core.registry import Registry
 from sparing.core.scores import Scores
-from sparing.errors import InvalidInputError, MethodRefusedError, UnknownNameError
+from sparing.errors import InvalidInputError, MethodRefusedError
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def require_finite(ranker: Ranker, values: Tensor) -> Tensor:
 
 
 R = TypeVar("R", bound=Ranker)
-_REGISTRY: dict[str, RankerInfo] = {}
+RANKERS: Registry[RankerInfo] = Registry("ranker")
 
 
 def register_ranker(name: str, *, paper: str, summary: str) -> Callable[[type[R]], type[R]]:
@@ -80,20 +79,15 @@ def register_ranker(name: str, *, paper: str, summary: str) -> Callable[[type[R]
     """
 
     def add(ranker: type[R]) -> type[R]:
-        assert name not in _REGISTRY, f"two rankers named {name}"
-        ranker.info = _REGISTRY[name] = RankerInfo(name, paper, summary, ranker)
+        ranker.info = RANKERS.add(name, RankerInfo(name, paper, summary, ranker))
         return ranker
 
     return add
 
 
 def rankers() -> dict[str, RankerInfo]:
-    """All registered rankers by name; imports the `methods` package on first use."""
-    import sparing.methods
-
-    for module in pkgutil.walk_packages(sparing.methods.__path__, "sparing.methods."):
-        importlib.import_module(module.name)
-    return dict(sorted(_REGISTRY.items()))
+    """All registered rankers by name."""
+    return RANKERS.all()
 
 
 def parse_ranker(text: str) -> Ranker:
@@ -104,10 +98,7 @@ def parse_ranker(text: str) -> Ranker:
         InputFileError: a file of scores cannot be read.
     """
     name, given = parse_call(text, "ranker")
-    known = rankers()
-    if name not in known:
-        raise UnknownNameError("ranker", name, known)
-    recipe: Any = known[name].ranker
+    recipe: Any = RANKERS.find(name).ranker
     values: dict[str, Any] = dict(given)
     if "scores" in given and "scores" in {field.name for field in fields(recipe)}:
         values["scores"] = Scores.load(given["scores"])

@@ -108,8 +108,12 @@ class Layout:
 
     def positions(self, tokens: int) -> Tensor:
         """(tokens,) int64: the position of every token; segments overlap, since each ends right before the suffix."""
+        return torch.cat([self._positions_before_end, torch.arange(self.end, tokens)])
+
+    @cached_property
+    def _positions_before_end(self) -> Tensor:
         stacked = [torch.arange(self.end - length, self.end) for length in self.lengths]
-        return torch.cat([torch.arange(self.prefix), *stacked, torch.arange(self.end, tokens)])
+        return torch.cat([torch.arange(self.prefix), *stacked])
 
     def regions(self, start: int, tokens: int) -> Iterator[Region]:
         """The regions of the query tokens [start, tokens): prefix, each segment, and all from the suffix on."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
-from sparing.core.budget import Budget
 from sparing.errors import InvalidInputError, require
 
 
@@ -54,15 +53,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def parse_size(what: str, text: str) -> int:
-    """Bytes as typed on a command line: "2GiB".
-
-    Raises:
-        InvalidInputError: no size.
-    """
-    try:
-        return int(Budget.parse(text).amount)
-    except InvalidInputError:
-        raise InvalidInputError(what, text, 'bytes such as "512MiB" or "2GiB"') from None

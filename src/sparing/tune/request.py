@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from sparing.core.budget import Budget
 from sparing.errors import InvalidInputError, require
 
 if TYPE_CHECKING:
@@ -75,19 +74,6 @@ class Request:
         }
         given = ((text, getattr(self, name)) for name, text in words.items())
         return ", ".join(text.format(100 * v if "%" in text else v) for text, v in given if v is not None)
-
-
-def parse_bytes(text: str) -> int:
-    """ "2GiB" as bytes.
-
-    Raises:
-        InvalidInputError: not a size.
-    """
-    try:
-        budget = Budget.parse(text)
-    except InvalidInputError:
-        raise InvalidInputError("bytes", text, 'a size such as "64MiB" or "2GiB"') from None
-    return int(budget.amount)
 
 
 def parse_seconds(text: str) -> float:

@@ -1,4 +1,4 @@
-"""The browser of a test module."""
+"""What tests of pages share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from browser import BROWSER, DRIVER, FLAGS
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The browser of a module."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
