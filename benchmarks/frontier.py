@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 
 from sparing.compare.report.summary import Entry, Section, summary
 from sparing.core.method import methods
+from sparing.core.parsing import split_methods
 
 ROOT = Path(__file__).parent.parent
 NAMED = 7  # methods of a mode that the picture names
@@ -60,7 +61,7 @@ def options(name: str, names: Iterable[str], document: str | None) -> argparse.N
 
 def rows(given: argparse.Namespace, tasks: str) -> list[dict[str, Any]]:
     """Compare once per seed, all into one folder; goes on where it was interrupted."""
-    named = ",".join(_measured(name, given.out) for name in re.split(r",(?![^(]*\))", given.methods))
+    named = ",".join(_measured(name, given.out) for name in split_methods(given.methods))
     for seed in range(given.seeds):
         words = ["--model", "bundled", "--methods", named, "--keep", given.keep, "--tasks", tasks]
         words += ["--lengths", given.lengths, "--samples", str(given.samples), "--seed", str(seed)]

@@ -128,7 +128,7 @@ def test_a_broken_module_is_seen(module, source, found):
             "sparing.core.allocate",
             "from sparing.core.token_scores import TokenScores\nfrom sparing.core.budget import share_of",
         ),
-        ("sparing.core.method", "import sparing.methods"),
+        ("sparing.core.registry", "import sparing.methods"),
         ("sparing.measures.x", "from sparing.core.scorer import Queries"),
         ("sparing.adapters.x", "import transformers\nfrom sparing.kernels import attend"),
         ("sparing.core.x", "import transformers_like\nfrom sparing.errors import SparingError"),

@@ -294,6 +294,16 @@ def test_a_closed_session_is_refused():
         session.logits(PREFIX, SEGMENTS, SUFFIX)
 
 
+def test_its_cache_outside_the_block_is_refused():
+    """Its keys are not rotated, so what the model itself would read from it is nonsense."""
+    model = tiny_model("llama")
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+    with position_invariant(model) as session:
+        cache = session.generate(PREFIX, SEGMENTS, SUFFIX, **options).past_key_values
+    with pytest.raises(CacheStateError, match="outside its session"):
+        model(torch.tensor([[5]]), past_key_values=cache)
+
+
 def test_two_sessions_on_a_model_are_refused():
     model = tiny_model("llama")
     before = trace(model)

@@ -158,9 +158,20 @@ def test_the_end_of_a_chat_turn_asks_as_well():
     assert endings[1][-len(tail) :].tolist() == tail
 
 
-def test_a_template_that_drops_the_users_words_is_refused():
+class Echo(Chatting):
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        return turns[0]["content"] * 2
+
+
+class Failing(Chatting):
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        raise TypeError("no system prompt")
+
+
+@pytest.mark.parametrize("tokenizer", [Deaf(), Echo(), Failing()], ids=["deaf", "echo", "failing"])
+def test_a_template_that_does_not_hand_on_the_users_words_is_refused(tokenizer):
     with pytest.raises(InvalidInputError, match="chat template"):
-        rerank(tiny_model("llama"), Deaf(), "why", DOCUMENTS)
+        rerank(tiny_model("llama"), tokenizer, "why", DOCUMENTS)
 
 
 # -- the bundled model -------------------------------------------------------------------------------------------------

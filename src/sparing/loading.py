@@ -94,6 +94,13 @@ class ModelSpec:
         if importlib.util.find_spec("accelerate") is None:
             raise MissingExtraError("accelerate", "big")
 
+    @property
+    def place(self) -> str:
+        """The one device that it is loaded to, without a device map."""
+        if self.device is not None:
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
     def load(self) -> LoadedModel:
         """Load a causal language model; for a tiny one on a CPU this process goes on with one thread.
 
@@ -103,10 +110,9 @@ class ModelSpec:
         """
         from transformers import AutoConfig, AutoTokenizer
 
-        place = self.device if self.device is not None else "cuda" if torch.cuda.is_available() else "cpu"
         if self.device_map is None:
-            _check_device(place)
-        source, revision = _source(self.name)
+            _check_device(self.place)
+        source, revision = source_of(self.name)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": self.trust_remote_code}
         with _named(self.name):
             config = AutoConfig.from_pretrained(source, **options)
@@ -115,14 +121,14 @@ class ModelSpec:
         _check_tokenizer(self.name, tokenizer)
         if self.chat:
             chat_frame(tokenizer)
-        model = self._model(source, place, {"config": config, **options})
-        if place == "cpu" and sum(p.numel() for p in model.parameters()) < TINY:
+        model = self._model(source, {"config": config, **options})
+        if self.place == "cpu" and sum(p.numel() for p in model.parameters()) < TINY:
             torch.set_num_threads(1)
         text = model.config.get_text_config(decoder=True)
         limit = getattr(text, "max_position_embeddings", None)
         return LoadedModel(self, model, tokenizer, fingerprint(model), limit)
 
-    def _model(self, source: str, place: str, options: dict[str, Any]) -> Any:
+    def _model(self, source: str, options: dict[str, Any]) -> Any:
         """The model itself, where it is to be, with all its weights."""
         from transformers import AutoModelForCausalLM
 
@@ -132,7 +138,7 @@ class ModelSpec:
             )
             model, info = loaded
             if self.device_map is None:
-                model = model.to(place)
+                model = model.to(self.place)
         missing = sorted(info["missing_keys"])
         if missing:  # transformers draws them at random, and goes on
             problem = f"its checkpoint lacks {len(missing)} of its weights, such as {missing[0]}"
@@ -153,6 +159,7 @@ class Drafts:
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
         self._loaded: dict[str, LoadedModel] = {}
+        self._checked: set[str] = set()
 
     def __call__(self, name: str) -> Any:
         """The model of that name, see `ModelSpec.load`."""
@@ -166,10 +173,12 @@ class Drafts:
         Raises:
             MethodRefusedError: one does.
         """
-        for name, draft in self._loaded.items():
+        for name in self._loaded.keys() - self._checked:
+            draft = self._loaded[name]
             if draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
                 problem = f"the draft model has another tokenizer than {loaded.name}"
                 raise MethodRefusedError(name, problem, "use a draft model with the same tokenizer")
+            self._checked.add(name)
 
 
 def _check_device(place: str) -> None:
@@ -184,7 +193,7 @@ def _check_device(place: str) -> None:
         raise InvalidInputError("device", place, "one that holds numbers", fix)
 
 
-def _source(name: str) -> tuple[str, str | None]:
+def source_of(name: str) -> tuple[str, str | None]:
     """What `from_pretrained` needs: a folder, or a name on the Hub and a revision of it.
 
     Raises:

@@ -10,12 +10,10 @@ import torch
 from sparing.adapters.lens import ModelLens
 from sparing.core.ranker import Ranker, parse_ranker
 from sparing.errors import InvalidInputError, require
+from sparing.tasks.chat import chat_frame
 from sparing.tasks.encoding import Encoder
 
 T = TypeVar("T")
-
-# Stands for the user's words while a chat template is cut in two around them.
-_WORDS = "sparing-user-words"
 
 
 class Ranked(NamedTuple):
@@ -86,7 +84,7 @@ class TokenizedText:
     """See `core.ranker.PromptText`: a tokenizer, and its chat template around the user's words if it has one.
 
     Raises:
-        InvalidInputError: the template does not hand on the user's words.
+        InvalidInputError: the template cannot be used, see `tasks.chat.chat_frame`.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -94,12 +92,7 @@ class TokenizedText:
         self.before: list[int] = self._encoder.front
         self.after: list[int] = []
         if getattr(tokenizer, "chat_template", None):
-            turn = [{"role": "user", "content": _WORDS}]
-            whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            before, words, after = whole.partition(_WORDS)
-            if not words:
-                fix = "set tokenizer.chat_template to another one, or to None"
-                raise InvalidInputError("chat template", whole, "one that holds what the user says", fix)
+            before, after = chat_frame(tokenizer, fix="set tokenizer.chat_template to another one, or to None")
             self.before = list(tokenizer.encode(before, add_special_tokens=False))
             self.after = self._encoder(after)
 

@@ -94,6 +94,15 @@ def test_weights_that_are_away_cannot_be_changed(spread):
         fold_into(ModelLens(spread), [ScaleHeads({(1, 0): 0.5})])
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
+def test_segments_in_any_order(whole, spread):
+    said = []
+    for model in (whole, spread):
+        with sparing.position_invariant(model) as session:
+            said.append(session.generate([1, 2], [[5, 6, 7], [9, 10]], [20, 21], max_new_tokens=6, do_sample=False))
+    assert torch.equal(*said)
+
+
 def test_ids_go_where_the_embeddings_are(whole, spread):
     assert input_device(whole) == input_device(spread) == torch.device("cpu")
 

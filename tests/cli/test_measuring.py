@@ -156,7 +156,7 @@ def test_bad_input_of_score(name, refused, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("{half", "line 2 is no JSON"), ("[1]", "line 2"), ('{"txt": "typo"}', "line 2 is no text sample")],
+    [("{half", "line 2 is not JSON"), ("[1]", "line 2"), ('{"txt": "typo"}', "line 2 is no text sample")],
 )
 def test_bad_lines_of_data_are_named(line, expected, refused, tmp_path):
     data = tmp_path / "data.jsonl"

@@ -93,6 +93,7 @@ def test_lines_are_read_as_they_are_needed(tmp_path):
     ("line", "problem"),
     [
         ("{half", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
         ("[1, 2]", "has no text"),
         ('{"txt": "a"}', "has no text"),
         ('{"text": 5}', "has no text"),

@@ -16,7 +16,13 @@ from lm_eval.models.huggingface import HFLM
 import sparing
 from sparing.compare.engine import FULL, Engine
 from sparing.core.method import Method
-from sparing.errors import InputFileError, InvalidInputError, MethodRefusedError, UnknownNameError
+from sparing.errors import (
+    InputFileError,
+    InvalidInputError,
+    MethodRefusedError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from sparing.lm_eval import __main__ as command
 from sparing.lm_eval.model import SparingLM
 from sparing.loading import ModelSpec
@@ -209,6 +215,9 @@ def test_what_is_read_in_part_is_told(loaded):
     made.generate_until(asking(loaded.tokenizer)[:1], disable_tqdm=True)
     assert 0.1 < made.held.facts()["read_share"] < 0.6
     assert "of what was held read by answers" in str(made.held)
+    made = lm(loaded, METHODS["quest"])
+    made.loglikelihood(scoring(loaded.tokenizer)[:4], disable_tqdm=True)
+    assert 0.1 < made.held.facts()["read_share"] < 0.6
     made = lm(loaded, METHODS["sparse"])
     made.generate_until(asking(loaded.tokenizer)[:1], disable_tqdm=True)
     assert 0.1 < made.held.facts()["density"] < 1
@@ -292,6 +301,8 @@ def test_a_recipe_of_another_model_is_refused(tmp_path):
         ({"pretrained": "bundled", "method": "snapkv", "keep": 1.5}, InvalidInputError, "keep"),
         ({"pretrained": "bundled", "recipe": "nowhere.json"}, InputFileError, "nowhere.json"),
         ({"pretrained": "bundled", "dtype": "int3"}, InvalidInputError, "dtype"),
+        ({"pretrained": "./nowhere"}, UnsupportedModelError, "no such folder"),
+        ({"pretrained": "someone/model@"}, UnsupportedModelError, "names no revision"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_loaded(given, error, says, monkeypatch):

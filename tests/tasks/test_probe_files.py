@@ -110,7 +110,7 @@ def test_bad_rows_are_refused_with_their_line(load, kind, row, problem):
 @pytest.mark.parametrize("kind", ["text", "pair", "ranking"])
 @pytest.mark.parametrize(
     ("line", "problem"),
-    [("{", "is no JSON"), ("[1]", "no JSON object"), ('"Ada"', "no JSON object"), ("[" * 10**5, "no JSON")],
+    [("{", "is not JSON"), ("[1]", "not a JSON object"), ('"Ada"', "not a JSON object"), ("[" * 10**5, "not JSON")],
     ids=["half", "list", "text", "deep"],
 )
 def test_lines_that_are_no_objects_are_refused_with_their_number(load, kind, line, problem):

@@ -47,6 +47,7 @@ BAD = {
     "a relevance that is true": (GOOD | {"id": "x", "relevance": True}, "the relevance True"),
     "a relevance that is no number": ('{"id": "x", "text": "y", "relevance": NaN}', "the relevance nan"),
     "a relevance without end": ('{"id": "x", "text": "y", "relevance": 1e999}', "the relevance inf"),
+    "a relevance beyond floats": (GOOD | {"id": "x", "relevance": 10**400}, "the relevance 1000"),
     "half a character": ('{"id": "x", "text": "\\ud800"}', "half a character"),
 }
 

@@ -62,6 +62,7 @@ def test_seeds_and_places():
     ("make", "given"),
     [
         (fact_set, {"documents": 1}), (fact_set, {"documents": 8, "queries": 5}), (fact_set, {"queries": 0}),
+        (fact_set, {"documents": 5}),
         (fact_set, {"documents": 102}), (pairing_set, {"documents": 1}), (pairing_set, {"documents": 41}),
         (pairing_set, {"documents": 2, "queries": 5}),
     ],

@@ -133,6 +133,7 @@ def test_own_length_only(write):
         ("a.txt", "text\nQ:  \n", "line 2 has nothing after Q:"),
         ("a.jsonl", row() + "\n{oops}", "line 2 is not JSON"),
         ("a.jsonl", row() + "\n\n" + "[" * 100_000, "line 3 is not JSON"),
+        ("a.jsonl", "9" * 5000, "line 1 is not JSON"),
         ("a.jsonl", "[1, 2]", "line 1 is not a JSON object"),
         ("a.jsonl", '{"context": "x"}', "line 1 lacks question and answers"),
         ("a.jsonl", '{"question": "x", "answers": "y"}', "line 1 lacks context"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,11 +56,16 @@ class ModelLens:
         self.vocabulary_size: int = model.get_input_embeddings().num_embeddings
         text_config: Any = self.model.config.get_text_config(decoder=True)
         self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
-        title = name or getattr(self.model.config, "_name_or_path", "") or type(model).__name__
-        self.identity = ModelIdentity(
-            title, type(model).__name__, self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim,
-            fingerprint(model),
-        )  # fmt: skip
+        self._name = name
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Which model; asked for first, its weights are looked at."""
+        kind = type(self.model).__name__
+        title = self._name or getattr(self.model.config, "_name_or_path", "") or kind
+        return ModelIdentity(
+            title, kind, self.num_layers, self.num_heads, self.num_kv_heads, self.head_dim, fingerprint(self.model)
+        )
 
     @property
     def device(self) -> torch.device:

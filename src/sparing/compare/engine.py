@@ -156,9 +156,7 @@ class Engine:
         """
         cache = compressed.cache.clone()
         fed = [*question_ids, *target_ids[:-1]]
-        method = cache.method
-        by_token = method is not None and not method.keeps_all and method.parts().moment == "every_step"
-        step = 1 if by_token else max(len(fed), 1)
+        step = 1 if cache.follows_decoding else max(len(fed), 1)
         parts = [self._forward(fed[start : start + step], cache) for start in range(0, len(fed), step)]
         compressed.note_read(cache)
         if not question_ids:

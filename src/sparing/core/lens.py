@@ -62,14 +62,13 @@ class Lens(Protocol):
     """A model whose attention, heads and residual stream can be watched and changed.
 
     Attributes:
-        identity: which model. num_layers: attention layers. num_heads, num_kv_heads: of each of them.
+        num_layers: attention layers. num_heads, num_kv_heads: of each of them.
         head_dim: size of a head's output (Dv). vocabulary_size: how many token ids there are.
         max_length: positions that the model was made for, None if it does not say.
         tokenizer: the model's own, None if it was not given.
     """
 
     model: Any
-    identity: ModelIdentity
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -77,6 +76,11 @@ class Lens(Protocol):
     vocabulary_size: int
     max_length: int | None
     tokenizer: Any
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Which model."""
+        ...
 
     @property
     def device(self) -> torch.device:

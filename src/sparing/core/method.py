@@ -46,6 +46,11 @@ class MethodInfo:
     needs_draft: bool
     recipe: type[Method]
 
+    @property
+    def needs_nothing(self) -> bool:
+        """True if its name alone makes it: no measurement and no draft model is needed."""
+        return not (self.needs or self.needs_draft)
+
 
 @dataclass(frozen=True)
 class Parts:

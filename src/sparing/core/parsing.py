@@ -11,6 +11,7 @@ from sparing.core.allocate import ALLOCATORS
 from sparing.core.allocate_blocks import BLOCK_ALLOCATORS
 from sparing.core.budget import Keep
 from sparing.core.cascade import Cascade
+from sparing.core.draft import Draft
 from sparing.core.method import METHODS, Evict, Method
 from sparing.core.prefill import BlockSparse, SparsePrefill
 from sparing.core.prompt import PromptDropper
@@ -54,6 +55,15 @@ def parse_method(text: str, keep: Keep = 0.5, load_draft: Callable[[str], Any] |
         else:
             raise _not_together(text)
     return method
+
+
+def check_method(text: str, keep: Keep = 0.5) -> None:
+    """Refuse text that is no method. Draft models that it names are not loaded.
+
+    Raises:
+        SparingError: see `parse_method`.
+    """
+    parse_method(text, keep, load_draft=Draft)  # a draft that knows no more than its name
 
 
 def _not_together(text: str) -> MethodRefusedError:

@@ -198,7 +198,7 @@ class SparsePrefill(PromptMethod):
         """The budget of a head for all rows before each of the positions, float64: for methods that only see those."""
         ends = ends.double()
         if self.budget.kind == "ratio":
-            return self.budget.amount * ends * (ends + 1) / 2
+            return self.budget.amount * causal_pairs(ends, ends)
         full = ends.clamp_max(self.budget.amount)
         return causal_pairs(full, full) + (ends - full) * self.budget.amount
 

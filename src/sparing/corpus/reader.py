@@ -61,7 +61,7 @@ def read_records(inputs: Sequence[str | Path], domain: str | None = None) -> Ite
 def _record(shard: Path, number: int, line: str, domain: str | None) -> Record:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputFileError(shard, f"line {number} is no JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise InputFileError(shard, f"line {number} has no text", 'each line is {"text": "...", ...}')

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sparing.adapters.cache import EvictingCache
-from sparing.core.method import Method
 from sparing.core.placement import input_device
+from sparing.measures.batches import pad_left
 from sparing.session import Session
 
 Ids = Sequence[int]
@@ -33,33 +33,38 @@ class Asked:
 @torch.no_grad()
 def log_likelihoods(
     session: Session, batch: Sequence[Asked], dtype: torch.dtype | None = None
-) -> tuple[EvictingCache, list[list[tuple[float, bool]]]]:
+) -> tuple[EvictingCache, list[float], list[list[tuple[float, bool]]]]:
     """Read a batch of contexts, compress them, and score every continuation on a copy of what is left.
 
     Args:
         session: entered. dtype: of the log-probabilities; by default the logits' own.
 
     Returns:
-        The compressed cache of the contexts; and of each context's continuations, in their order, log P(continuation |
-        context) in nats, and whether greedy decoding would have given it.
+        The compressed cache of the contexts; for methods that read a part of what is stored, the share that each
+        copy's continuations read; and of each context's continuations, in their order, log P(continuation | context)
+        in nats, and whether greedy decoding would have given it.
     """
     device = input_device(session.model)
-    ids, mask = _left_padded([asked.context[:-1] for asked in batch])
-    ids, mask = ids.to(device), mask.to(device)
+    ids, mask = pad_left([asked.context[:-1] for asked in batch])
+    ids, mask = ids.to(device), mask.long().to(device)
     cache = session.prefill(ids, chunk_size=ids.shape[1], attention_mask=mask)
     _, seen = session.shorten(cache, ids, mask)
     assert seen is not None
+    read: list[float] = []
     found: list[list[tuple[float, bool]]] = [[] for _ in batch]
     turns = max(len(asked.continuations) for asked in batch)
     for turn in range(turns):
         # A row that has no more to ask is fed its last token, and not listened to.
         targets = [asked.continuations[turn] if turn < len(asked.continuations) else () for asked in batch]
         fed = [[asked.context[-1], *target[:-1]] for asked, target in zip(batch, targets, strict=True)]
-        logits = _logits(session, cache.clone(), seen, fed)
+        copy = cache.clone()
+        logits = _logits(session, copy, seen, fed)
+        share = copy.report().read_share
+        read += [] if share is None else [share]
         for row, target in enumerate(targets):
             if target:
                 found[row].append(_score(logits[row, : len(target)], target, dtype))
-    return cache, found
+    return cache, read, found
 
 
 def _logits(session: Session, cache: EvictingCache, seen: Tensor, fed: Sequence[Ids]) -> Tensor:
@@ -68,7 +73,7 @@ def _logits(session: Session, cache: EvictingCache, seen: Tensor, fed: Sequence[
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in fed], device=seen.device)
     mask = torch.cat([seen, torch.ones_like(ids)], dim=1)
     positions = seen.sum(-1, keepdim=True) + torch.arange(width, device=seen.device)
-    step, before = 1 if _drops_on_steps(session.method) else width, seen.shape[1]
+    step, before = 1 if cache.follows_decoding else width, seen.shape[1]
     logits = [
         session.model(
             input_ids=ids[:, start : start + step], attention_mask=mask[:, : before + start + step],
@@ -79,21 +84,8 @@ def _logits(session: Session, cache: EvictingCache, seen: Tensor, fed: Sequence[
     return torch.cat(logits, dim=1)
 
 
-def _drops_on_steps(method: Method) -> bool:
-    """True if decoding a token drops others."""
-    return not method.keeps_all and method.parts().moment == "every_step"
-
-
 def _score(logits: Tensor, target: Ids, dtype: torch.dtype | None) -> tuple[float, bool]:
     """The sum of the targets' log-probabilities, and whether each is the likeliest; logits: (targets, vocabulary)."""
     logs = torch.log_softmax(logits, dim=-1, dtype=dtype)
     wanted = torch.tensor(target, device=logits.device)
     return float(logs.gather(1, wanted[:, None]).sum()), bool((logs.argmax(-1) == wanted).all())
-
-
-def _left_padded(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """(rows, longest) ids with pads on the left, and the mask that is 0 there."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*[0] * (width - len(row)), *row] for row in rows])
-    mask = torch.tensor([[*[0] * (width - len(row)), *[1] * len(row)] for row in rows])
-    return ids, mask

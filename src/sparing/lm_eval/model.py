@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +41,7 @@ from sparing.errors import (
 )
 from sparing.lm_eval.held import Held
 from sparing.lm_eval.likelihood import Asked, log_likelihoods
-from sparing.loading import Drafts, LoadedModel, ModelSpec
-from sparing.models import resolve
+from sparing.loading import Drafts, LoadedModel, ModelSpec, source_of
 from sparing.recipe import Recipe, load
 from sparing.session import use
 
@@ -104,7 +102,7 @@ class SparingLM(HFLM):
         if chosen is not None and chosen.fingerprint != mark:
             problem = f"was made for another model than {spec.name} is now, or for another dtype"
             raise InputFileError(str(recipe), problem, "leave `pretrained` and `dtype` out, or tune again")
-        use(self.model, self.method)  # refuses now what cannot work, not after the requests have been built
+        self._session = use(self.model, self.method)  # refuses what cannot work before the requests are built
         if self.batch_size != 1 and not self.method.keeps_all and self.method.parts().scorer.replays:
             problem = "replays the prompt, which it can do for one sequence at a time only"
             raise MethodRefusedError(self.label, problem, "use batch_size=1")
@@ -118,10 +116,11 @@ class SparingLM(HFLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
-        with use(self.model, self.method) as session:
+        with self._session as session:
             tokens: torch.Tensor = super()._model_generate(context, max_length, stop, **generation_kwargs)
-            assert session.cache is not None
-            self.held.add(session.cache, len(context))
+        assert session.cache is not None
+        self.held.add(session.cache, len(context))
+        session.cache = None
         return tokens
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -150,10 +149,10 @@ class SparingLM(HFLM):
         for number, (_, context, continuation) in enumerate(requests):
             groups.setdefault(self._fitting(context, continuation), []).append(number)
         alone = [number for context, numbers in groups.items() if len(context) == 1 for number in numbers]
-        found = self._without_context([requests[number] for number in alone], disable_tqdm, override_bs)
-        answers = dict(zip(alone, found, strict=True))
+        by_hf = super()._loglikelihood_tokens([requests[number] for number in alone], disable_tqdm, override_bs)
+        answers: dict[int, tuple[float, bool]] = dict(zip(alone, by_hf, strict=True))
         longest = sorted((context for context in groups if len(context) > 1), key=len, reverse=True)
-        size = self._size([(None, list(context), requests[groups[context][0]][2]) for context in longest])
+        size = self._size(requests[groups[longest[0]][0]]) if longest else 1
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring continuations")
         progress.update(len(alone))
         for start in range(0, len(longest), size):
@@ -178,25 +177,18 @@ class SparingLM(HFLM):
             LOGGER.warning("a context of %d tokens was cut to its last %d", len(context), room)
         return tuple(context[-room:])
 
-    def _without_context(
-        self, requests: Sequence[Request], disable_tqdm: bool, override_bs: int | None
-    ) -> list[tuple[float, bool]]:
-        """Scored by the untouched model."""
-        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        return found
-
-    def _size(self, requests: Sequence[Request]) -> int:
+    def _size(self, longest: Request) -> int:
         """Contexts per batch; "auto" tries what the longest allows."""
-        if self.batch_size != "auto" or not requests:
-            return 1 if self.batch_size == "auto" else int(self.batch_size)
-        return int(self._detect_batch_size(requests, 0))
+        return int(self._detect_batch_size([longest], 0) if self.batch_size == "auto" else self.batch_size)
 
     def _score(self, batch: Sequence[Asked]) -> list[list[tuple[float, bool]]]:
         """Of each context's continuations: log-likelihood, and whether it is greedy decoding's."""
         kind, dtype = self.device.type, self.mixed_precision_dtype
-        with use(self.model, self.method) as session, torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
-            cache, found = log_likelihoods(session, batch, self.softmax_dtype)
-            self.held.add(cache, len(batch))
+        with self._session as session, torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
+            cache, read, found = log_likelihoods(session, batch, self.softmax_dtype)
+        self.held.add(cache, len(batch))
+        self.held.read += read
+        session.cache = None
         return found
 
     def get_model_info(self) -> dict[str, Any]:
@@ -219,12 +211,11 @@ def _spec(recipe: Recipe | None, pretrained: Any, dtype: str | None, device: str
 
 def _arguments(spec: ModelSpec) -> dict[str, Any]:
     """What the harness's `hf` calls the parts of a spec."""
-    name = resolve(spec.name)
-    place = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    arguments: dict[str, Any] = {"pretrained": name, "dtype": spec.dtype, "device": place}
-    if "@" in name and not Path(name).is_dir():
-        arguments["pretrained"], _, arguments["revision"] = name.partition("@")
-    return arguments | {"parallelize": spec.device_map is not None, "trust_remote_code": spec.trust_remote_code}
+    source, revision = source_of(spec.name)
+    return {
+        "pretrained": source, "dtype": spec.dtype, "device": spec.place, "parallelize": spec.device_map is not None,
+        "trust_remote_code": spec.trust_remote_code, **({} if revision is None else {"revision": revision}),
+    }  # fmt: skip
 
 
 def _method(recipe: Recipe | None, method: str | Method | None, keep: float | str | None, drafts: Drafts) -> Method:

@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 from sparing.errors import InvalidInputError
 from sparing.lm_eval import harness
 from sparing.tasks.base import Question, Sample, Task, Tokenizer
-
-PREFIX = "lm_eval:"
+from sparing.tasks.encoding import common_length
+from sparing.tasks.registry import HARNESS
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class HarnessTask(Task):
     @property
     def label(self) -> str:
         """ "lm_eval:niah_single_1"; `load` accepts it."""
-        return PREFIX + self.task + (f":question_lines={self.question_lines}" if self.question_lines != 1 else "")
+        return HARNESS + self.task + (f":question_lines={self.question_lines}" if self.question_lines != 1 else "")
 
     @property
     def num_samples(self) -> int | None:
@@ -153,7 +153,7 @@ def load(text: str) -> HarnessTask:
         MissingExtraError: the harness is not installed.
         InvalidInputError: no such task or option, a task whose answers are not generated, or one whose data is missing.
     """
-    name, *options = text.removeprefix(PREFIX).split(":")
+    name, *options = text.removeprefix(HARNESS).split(":")
     lines = 1
     for option in options:
         key, _, value = option.partition("=")
@@ -170,6 +170,6 @@ def load(text: str) -> HarnessTask:
 
 def _cut_ids(tokenizer: Tokenizer, prompt: str, cut: int) -> tuple[list[int], tuple[int, ...]]:
     """The ids of a prompt in two parts, at a place in its text; before it where a token goes across."""
-    ids, first = tokenizer.encode(prompt), tokenizer.encode(prompt[:cut])
-    same = next((n for n, (a, b) in enumerate(zip(ids, first, strict=False)) if a != b), min(len(ids), len(first)))
+    ids = tokenizer.encode(prompt)
+    same = common_length(ids, tokenizer.encode(prompt[:cut]))
     return ids[:same], tuple(ids[same:])

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparing.errors import InvalidInputError
-from sparing.tasks.encoding import Encoder
+from sparing.tasks.encoding import Encoder, common_length
 
 # Stands for the message while the text around it is looked for.
 _MARK = "The message itself"
+_LEAVE = "leave --chat out"
 
 
 def prompt_parts(
@@ -44,32 +45,35 @@ def prompt_parts(
     whole = [_encode(tokenizer, header + message + tail) for message in messages]
     shared = _encode(tokenizer, header + context.lstrip())
     for ids in whole:
-        shared = shared[: _common_length(shared, ids)]
+        shared = shared[: common_length(shared, ids)]
     return shared, [ids[len(shared) :] for ids in whole]
 
 
-def chat_frame(tokenizer: Any) -> tuple[str, str]:
+def chat_frame(tokenizer: Any, fix: str = _LEAVE) -> tuple[str, str]:
     """Return what a tokenizer's chat template puts before and behind the user's one message, assistant header included.
+
+    Args:
+        fix: what to do about a template that cannot be used.
 
     Raises:
         InvalidInputError: the tokenizer has no chat template, or one that does not hold a message as it is.
     """
     if not getattr(tokenizer, "chat_template", None):
-        fix = "leave --chat out, or take an instruction-tuned model"
-        raise InvalidInputError("chat", True, "only for a tokenizer with a chat template, and this one has none", fix)
-    header, mark, tail = _render(tokenizer, _MARK).partition(_MARK)
+        allowed = "only for a tokenizer with a chat template, and this one has none"
+        raise InvalidInputError("chat", True, allowed, f"{fix}, or take an instruction-tuned model")
+    header, mark, tail = _render(tokenizer, _MARK, fix).partition(_MARK)
     if not mark or _MARK in tail:
-        raise _unusable("does not hold the user's message once, as it is")
+        raise _unusable("does not hold the user's message once, as it is", fix)
     return header, tail
 
 
-def _render(tokenizer: Any, message: str) -> str:
+def _render(tokenizer: Any, message: str, fix: str = _LEAVE) -> str:
     chat = [{"role": "user", "content": message}]
     try:
         text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs, and raise what they like
         said = " ".join(str(error).split())
-        raise _unusable(f"fails on one message of a user ({type(error).__name__}: {said})") from error
+        raise _unusable(f"fails on one message of a user ({type(error).__name__}: {said})", fix) from error
     return text
 
 
@@ -78,11 +82,6 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _unusable(problem: str) -> InvalidInputError:
+def _unusable(problem: str, fix: str = _LEAVE) -> InvalidInputError:
     allowed = f"only with a chat template that can be used; this one {problem}"
-    return InvalidInputError("chat", True, allowed, "leave --chat out")
+    return InvalidInputError("chat", True, allowed, fix)

@@ -6,6 +6,7 @@ ids of the pieces in a row are then the ids of the whole text, or another correc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 # Tokenizers of the SentencePiece family put a space before whatever comes first. A piece that continues a
@@ -56,6 +57,12 @@ class Encoder:
             if ids[start : start + len(self._anchor)] == self._anchor:
                 return ids[:start]
         return []
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many ids two sequences begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def total(pieces: list[Piece]) -> int:

@@ -10,8 +10,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from sparing.errors import InputFileError
 from sparing.tasks.encoding import Encoder
 from sparing.tasks.probes import needle_samples
 from sparing.tasks.ranking_probes import ranking_sample
-from sparing.tasks.rows import read_text
+from sparing.tasks.rows import json_objects, read_text
 from sparing.tasks.user_files import JSON_SUFFIXES, load_user_task
+
+_FIX = "see `sparing.tasks.probe_files` for the fields"
 
 
 def load_samples(kind: str, path: Path, tokenizer: Any) -> list[Any]:
@@ -44,28 +45,15 @@ def load_samples(kind: str, path: Path, tokenizer: Any) -> list[Any]:
     if kind == "text" and path.suffix.lower() not in JSON_SUFFIXES:
         return [_text(encoder, {"text": read_text(path, "it should hold the text to measure on")})]
     samples = []
-    for number, row in _rows(path):
+    for number, row in json_objects(path, read_text(path, "it should hold JSON lines"), _FIX):
         try:
             samples.append(makers[kind](encoder, row))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problem = f"line {number} is no {kind} sample ({type(error).__name__}: {error})"
-            raise InputFileError(path, problem, "see `sparing.tasks.probe_files` for the fields") from error
+            raise InputFileError(path, problem, _FIX) from error
     if not samples:
         raise InputFileError(path, "holds no samples")
     return samples
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(read_text(path, "it should hold JSON lines").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputFileError(path, f"line {number} is no JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputFileError(path, f"line {number} is no JSON object")
-        yield number, row
 
 
 def _text(encoder: Encoder, row: dict[str, Any]) -> TextSample:

@@ -8,16 +8,15 @@ file in which some lines have one is judged, and its other documents count as no
 
 from __future__ import annotations
 
-import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparing.errors import InputFileError
-from sparing.tasks.rows import read_text
+from sparing.tasks.rows import json_objects, read_text
 
-FORM = '{"id": ..., "text": ...}'
+FIX = 'write {"id": ..., "text": ...} on each line'
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,8 @@ def load_documents(path: Path) -> list[GivenDocument]:
     """
     found: list[GivenDocument] = []
     lines: dict[str | int, int] = {}
-    for number, line in enumerate(read_text(path, "it should hold JSON lines").split("\n"), 1):
-        if not line.strip():
-            continue
-        document = _document(path, number, line)
+    for number, row in json_objects(path, read_text(path, "it should hold JSON lines"), FIX):
+        document = _document(path, number, row)
         if document.id in lines:
             raise InputFileError(path, f"lines {lines[document.id]} and {number} have the same id {document.id!r}")
         lines[document.id] = number
@@ -59,16 +56,10 @@ def load_documents(path: Path) -> list[GivenDocument]:
     return found
 
 
-def _document(path: Path, number: int, line: str) -> GivenDocument:
+def _document(path: Path, number: int, row: dict[str, Any]) -> GivenDocument:
     def refused(problem: str) -> InputFileError:
-        return InputFileError(path, f"line {number} {problem}", f"write {FORM} on each line")
+        return InputFileError(path, f"line {number} {problem}", FIX)
 
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise refused(f"is not JSON ({getattr(error, 'msg', 'nested too deeply')})") from None
-    if not isinstance(row, dict):
-        raise refused("is not a JSON object")
     id_, text, title, relevance = (row.get(name) for name in ("id", "text", "title", "relevance"))
     if isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == "":
         raise refused(f"has the id {id_!r}, not a string or a whole number")
@@ -84,4 +75,6 @@ def _document(path: Path, number: int, line: str) -> GivenDocument:
 
 
 def _is_grade(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value <= sys.float_info.max  # whole numbers can be larger than floats

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sparing.errors import require
 from sparing.tasks import haystack
 from sparing.tasks.base import check_count
 from sparing.tasks.formats import NEEDLE, NEEDLE_QUESTION
@@ -48,6 +49,7 @@ def fact_set(seed: int = 0, documents: int = 20, queries: int = 5, words: int = 
         InvalidInputError: a number is out of range.
     """
     check_count("documents", documents, 2, most=MOST_DOCUMENTS)
+    require(documents % 2 == 0, "documents", documents, "an even number")
     check_count("queries", queries, 1, most=documents // 2)
     rng = random.Random(f"ranking facts/{seed}")
     keys = haystack.draw_keys(rng, documents // 2)

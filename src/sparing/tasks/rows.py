@@ -51,6 +51,28 @@ def read_text(path: Path, content: str) -> str:
     return text
 
 
+def json_objects(path: Path, text: str, fix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, object) for each line of JSON lines that is not empty.
+
+    Args:
+        path: named in errors. fix: what to do about a line that is none.
+
+    Raises:
+        InputFileError: a line is no JSON object; the message gives the line.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
+            why = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+            raise InputFileError(path, f"line {number} is not JSON ({why})", fix) from None
+        if not isinstance(row, dict):
+            raise InputFileError(path, f"line {number} is not a JSON object", fix)
+        yield number, row
+
+
 def text_rows(path: Path, text: str, metric: str) -> Iterator[tuple[str, Asked]]:
     """Yield (context, question) for each question of a plain text; `user_files` describes its form.
 
@@ -89,31 +111,16 @@ def text_rows(path: Path, text: str, metric: str) -> Iterator[tuple[str, Asked]]
 
 def json_rows(path: Path, text: str, metric: str) -> Iterator[tuple[str, Asked]]:
     """Yield (context, question) for each question of JSON lines; arguments and errors as of `text_rows`."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        row = _json_object(path, number, line)
+    for number, row in json_objects(path, text, 'write {"context": ..., "question": ..., "answers": ...} on each line'):
+        missing = [field for field in ("context", "question", "answers") if field not in row]
+        if missing:
+            fix = '"answers": null makes the full cache\'s answer the reference' if "answers" in missing else ""
+            raise InputFileError(path, f"line {number} lacks {' and '.join(missing)}", fix)
         context = _string(path, number, "context", row["context"])
         limit, own = _limit(path, number, row.get("max_new_tokens")), _metric(path, number, row.get("metric"), metric)
         for question, answers in _pairs(path, number, row["question"], row["answers"]):
             asked, given = _string(path, number, "question", question), _answers(path, number, answers)
             yield context, Asked(asked, given, _judged_by(path, number, own, given), limit)
-
-
-def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        problem = f"line {number} is not JSON ({getattr(error, 'msg', 'nested too deeply')})"
-        raise InputFileError(path, problem, "put one JSON object on each line") from None
-    if not isinstance(row, dict):
-        fix = 'write {"context": ..., "question": ..., "answers": ...} on each line'
-        raise InputFileError(path, f"line {number} is not a JSON object", fix)
-    missing = [field for field in ("context", "question", "answers") if field not in row]
-    if missing:
-        fix = '"answers": null makes the full cache\'s answer the reference' if "answers" in missing else ""
-        raise InputFileError(path, f"line {number} lacks {' and '.join(missing)}", fix)
-    return row
 
 
 def _pairs(path: Path, number: int, question: Any, answers: Any) -> list[tuple[Any, Any]]:
