@@ -1,4 +1,4 @@
-.PHONY: compare test contracts check oldest bundled-model clean
+.PHONY: compare test slow contracts check oldest bundled-model clean
 TEXTS ?= ../shared/data
 METHODS ?= adakv,chunkkv,compactor,expected_attention,h2o,keydiff,kvzip,quest,random,scissorhands,snapkv,streaming_llm
 
@@ -8,7 +8,11 @@ compare:           ## compare twelve methods on the bundled model and write a re
 
 test:              ## the quick tests
 	@scripts/setup dev
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not slow"
+
+slow:              ## the other tests: clusters, whole tunings, compilations
+	@scripts/setup dev
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m slow
 
 contracts:         ## the contract of every method on every tiny model
 	@scripts/setup dev

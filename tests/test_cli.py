@@ -75,6 +75,7 @@ def test_running_again_does_nothing_and_says_the_same(finished: Path) -> None:
     assert (finished / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_kill_minus_nine_loses_and_doubles_nothing(tmp_path: Path) -> None:
     words = ["compare", *QUICK, "--tasks", "needle_single,perplexity,kv_retrieval", "--out", str(tmp_path)]
     results = tmp_path / "results.jsonl"

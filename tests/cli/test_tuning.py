@@ -85,6 +85,7 @@ def test_a_recipe_and_what_it_says_already_are_not_given_together(tuned, sparing
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ones_own_file_is_split_and_searched(sparing, mine, tmp_path):
     """Without answers, so that the full cache's are the reference: a model of this size rarely finds the right ones."""
     rows = [json.loads(line) | {"answers": None} for line in mine.read_text().splitlines()[:4]]

@@ -21,6 +21,7 @@ def problem(tokens, size=64, heads=2, share=0.4, start=0, dtype=torch.float32, *
     return query, keys, values, Pattern(tokens, start, size, on, **more)
 
 
+@pytest.mark.slow
 def test_lengths_share_one_compilation(monkeypatch):
     monkeypatch.setenv("SPARING_FLEX", "1")
     softmax = Softmax(0.2)

@@ -81,6 +81,7 @@ def test_samples_depend_on_the_seed_alone_and_leave_no_trace(tokenizer, name):
     assert other.context_ids != first.context_ids
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_in_every_process(tokenizer, no_download):
     """Workers on other machines draw them again; there, the first import of a module may draw numbers too."""
     code = f"""
@@ -117,6 +118,7 @@ def test_scores_are_the_harness_own(tokenizer):
     assert task.score(question, f"{names[2]} and more") == whole[str(LENGTH)] == pytest.approx(1 / 5)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_harness_and_the_query_aware_comparison_are_one(loaded):
     """The harness evaluates its documents with our model type; we read the same ones our way."""
     from sparing.lm_eval.model import SparingLM
@@ -315,6 +317,7 @@ def test_the_extra_is_named(monkeypatch):
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_from_end_to_end(tmp_path, no_download, loaded):
     """`lm_eval` with our model type, on generated documents, without a network; its answers are those of sparing."""
     folder = resolve("bundled")

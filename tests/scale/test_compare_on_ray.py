@@ -48,6 +48,7 @@ def our_workers():
     return found
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_in_this_process_on_ray_and_when_a_worker_is_killed(tmp_path):
     killed = []
 
@@ -63,6 +64,7 @@ def test_rows_are_the_same_in_this_process_on_ray_and_when_a_worker_is_killed(tm
     assert len(here) == 8
 
 
+@pytest.mark.slow
 def test_a_driver_that_was_stopped_goes_on_where_it_was(tmp_path):
     count = 0
 
@@ -88,6 +90,7 @@ def test_an_error_in_a_worker_has_its_own_type_here(tmp_path):
         observer.introduce([Contestant("snapvk", 0.5)])
 
 
+@pytest.mark.slow
 def test_a_tuning_on_ray_finds_what_one_here_finds(tmp_path):
     pytest.importorskip("optuna", reason="the extra sparing[tune] is not installed")
     from sparing.tune import Request, tune

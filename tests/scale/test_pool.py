@@ -225,6 +225,7 @@ def test_an_item_that_kills_every_worker_is_named(ray, tmp_path):
     assert log.read_text() == "x" * ATTEMPTS
 
 
+@pytest.mark.slow
 def test_a_corpus_scored_on_ray_has_the_rows_of_one_scored_here(ray, tmp_path):
     measured = score_of_first_head()
     data = tmp_path / "web.jsonl"
