@@ -18,6 +18,7 @@ from frontier import ROOT, Cost, bare, options, rows, short, write_down
 from matplotlib.figure import Figure
 
 from sparing.compare.report.summary import summary
+from sparing.core.pattern import causal_pairs
 from sparing.loading import ModelSpec
 
 TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
@@ -64,7 +65,7 @@ def isoflop(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     points = []
     for (method, keep, length), group in groups.items():
         density = statistics.mean(row["density"] or 1.0 for row in group)
-        flops = linear * length + per_pair * density * length * (length + 1) / 2
+        flops = linear * length + per_pair * density * causal_pairs(length, length)
         score = statistics.mean(row["score"] for row in group)
         points.append(
             {"method": method, "keep": keep, "length": length, "density": density, "flops": flops, "score": score}

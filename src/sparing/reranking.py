@@ -11,7 +11,7 @@ from sparing.adapters.lens import ModelLens
 from sparing.core.ranker import Ranker, parse_ranker
 from sparing.errors import InvalidInputError, require
 from sparing.tasks.chat import chat_frame
-from sparing.tasks.encoding import Encoder
+from sparing.tasks.encoding import Encoder, is_encodable
 
 T = TypeVar("T")
 
@@ -58,15 +58,21 @@ def rerank_many(
     """
     ranker = parse_ranker(ranker) if isinstance(ranker, str) else ranker
     require(isinstance(ranker, Ranker), "ranker", ranker, "a ranker or the name of one")
+    return rank_through(ModelLens(model, tokenizer), queries, documents, ranker)
+
+
+def rank_through(
+    lens: ModelLens, queries: Sequence[str], documents: Sequence[str], ranker: Ranker
+) -> list[list[Ranked]]:
+    """As `rerank_many`, through a lens with a tokenizer that is there already: making one runs the model."""
     _check_texts("queries", queries)
     _check_texts("documents", documents)
-    text, lens = TokenizedText(tokenizer), ModelLens(model, tokenizer)
-    was_training = model.training
-    model.eval()
+    text, was_training = TokenizedText(lens.tokenizer), lens.model.training
+    lens.model.eval()
     try:
         scores = ranker.score(lens, text, queries, documents)
     finally:
-        model.train(was_training)
+        lens.model.train(was_training)
     ordered = torch.sort(scores, dim=-1, descending=True, stable=True)
     rows = zip(ordered.indices.tolist(), ordered.values.tolist(), strict=True)
     return [[Ranked(*pair) for pair in zip(indices, values, strict=True)] for indices, values in rows]
@@ -108,7 +114,4 @@ def _check_texts(what: str, texts: Sequence[str]) -> None:
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise InvalidInputError(f"{what}[{number}]", text, "a text that is not empty")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise InvalidInputError(f"{what}[{number}]", text, "a text without half characters (surrogates)") from None
+        require(is_encodable(text), f"{what}[{number}]", text, "a text without half characters (surrogates)")

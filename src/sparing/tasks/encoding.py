@@ -59,6 +59,15 @@ class Encoder:
         return []
 
 
+def is_encodable(text: str) -> bool:
+    """False for a text with half characters (surrogates), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many ids two sequences begin with in common."""
     pairs = enumerate(zip(first, second, strict=False))

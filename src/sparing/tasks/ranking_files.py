@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparing.errors import InputFileError
+from sparing.tasks.encoding import is_encodable
 from sparing.tasks.rows import json_objects, read_text
 
 FIX = 'write {"id": ..., "text": ...} on each line'
@@ -69,7 +70,7 @@ def _document(path: Path, number: int, row: dict[str, Any]) -> GivenDocument:
         raise refused(f"has the title {title!r:.40}, not a string")
     if relevance is not None and not _is_grade(relevance):
         raise refused(f"has the relevance {relevance!r:.40}, not a number from 0 on")
-    if any("\ud800" <= letter <= "\udfff" for part in (id_, text, title) if isinstance(part, str) for letter in part):
+    if not all(is_encodable(part) for part in (id_, text, title) if isinstance(part, str)):
         raise refused("holds half a character (a surrogate)")
     return GivenDocument(id_, text, title or None, relevance)
 

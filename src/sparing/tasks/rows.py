@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparing.errors import InputFileError, InvalidInputError, UnknownNameError
+from sparing.tasks.encoding import is_encodable
 from sparing.tasks.metrics import metric_name, pattern
 
 
@@ -185,8 +186,6 @@ def _string(path: Path, number: int, field: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         problem = f"line {number}: {field} is {value!r:.40}, not a text"
         raise InputFileError(path, problem, "write it as a string that is not empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputFileError(path, f"line {number}: {field} holds half a character (a surrogate)") from None
+    if not is_encodable(value):
+        raise InputFileError(path, f"line {number}: {field} holds half a character (a surrogate)")
     return value
