@@ -47,6 +47,12 @@ class LoadedModel:
         return self.spec.name
 
     @property
+    def end_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        eos = self.model.generation_config.eos_token_id
+        return set(eos if isinstance(eos, list) else [eos]) - {None}
+
+    @property
     def description(self) -> str:
         """One line: type, layers, heads, parameters."""
         text = self.model.config.get_text_config(decoder=True)

@@ -73,9 +73,7 @@ class Engine:
 
     def __init__(self, loaded: LoadedModel, session: Session) -> None:
         self.model, self.tokenizer, self.session = loaded.model, loaded.tokenizer, session
-        self.device = input_device(self.model)
-        eos = self.model.generation_config.eos_token_id
-        self.stop_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
+        self.device, self.stop_ids = input_device(self.model), loaded.end_ids
 
     @torch.inference_mode()
     def read(self, token_ids: Sequence[int], methods: Iterable[Method]) -> Reading:
