@@ -42,7 +42,7 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert Sampler(Sampling(0.0, 1.0, None)).draw(logits) == 1
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-6, 0.1])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-45, 1e-6, 0.1])
 def test_a_tiny_temperature_is_the_likeliest_too(temperature: float) -> None:
     logits = torch.tensor([1000.0, -1000.0, 990.0])
     assert {Sampler(Sampling(temperature, 1.0, seed)).draw(logits) for seed in range(20)} == {0}

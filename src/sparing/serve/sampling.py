@@ -39,8 +39,10 @@ class Sampler:
         if self._sampling.temperature == 0:
             return int(logits.argmax())
         scaled = logits.float().cpu()
-        # The largest is taken off first: divided by a tiny temperature, the others become -inf and none inf.
-        probabilities = ((scaled - scaled.max()) / self._sampling.temperature).softmax(-1)
+        # The largest is taken off first: divided by a tiny temperature, the others become -inf and none inf. And a
+        # temperature that is 0 in this precision would make it NaN.
+        temperature = max(self._sampling.temperature, torch.finfo(scaled.dtype).tiny)
+        probabilities = ((scaled - scaled.max()) / temperature).softmax(-1)
         if self._sampling.top_p < 1:
             probabilities = nucleus(probabilities, self._sampling.top_p)
         return int(torch.multinomial(probabilities, 1, generator=self._random))
