@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,12 @@ from openai import APIError, AuthenticationError, OpenAI
 from sparing.cli import cli, main
 from sparing.cli.serving import serve
 from sparing.core.parsing import parse_method
-from sparing.loading import ModelSpec
+from sparing.core.ranker import parse_ranker
+from sparing.errors import InvalidInputError
+from sparing.loading import LoadedModel, ModelSpec
 from sparing.recipe import Recipe
+from sparing.serve import server
+from sparing.serve.settings import Settings
 
 COMMAND = (
     "import sys\nfrom sparing.cli import cli, main\nfrom sparing.cli.serving import serve\ncli.add_command(serve)\n"
@@ -48,7 +52,7 @@ def started(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[
 
 
 def client_of(url: str, token: str = "x") -> OpenAI:
-    return OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=20)
+    return OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0)
 
 
 def test_it_serves_a_recipe_and_ctrl_c_lets_requests_end(tmp_path: Path) -> None:
@@ -131,6 +135,29 @@ def test_an_address_in_use_is_said_before_anything_is_loaded(capsys: pytest.Capt
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"127.0.0.1:{port}" in refused(capsys, "--port", str(port), "--model", "no/such-model")
+
+
+def run(loaded: LoadedModel, bound: socket.socket, on_start: Callable[[], None]) -> None:
+    method, settings = parse_method("snapkv", 0.5), Settings(port=bound.getsockname()[1])
+    server.serve(loaded, method, settings, bound, on_start, parse_ranker("icr"))
+
+
+def test_clients_can_connect_once_it_says_so(loaded: LoadedModel) -> None:
+    with server.bind(Settings(port=0)) as bound:
+
+        def on_start() -> None:
+            socket.create_connection(bound.getsockname()).close()
+            raise KeyboardInterrupt
+
+        run(loaded, bound, on_start)
+
+
+def test_of_two_servers_at_an_address_the_later_one_says_so(loaded: LoadedModel) -> None:
+    """Both could bind it as long as none listened."""
+    with server.bind(Settings(port=0)) as one, server.bind(Settings(port=one.getsockname()[1])) as other:
+        one.listen()
+        with pytest.raises(InvalidInputError, match="a free address of this machine"):
+            run(loaded, other, lambda: pytest.fail("it says that it serves"))
 
 
 def test_a_method_that_does_not_fit_the_model_is_refused_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:

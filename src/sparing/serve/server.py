@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -27,7 +28,7 @@ def bind(settings: Settings) -> socket.socket:
     Raises:
         InvalidInputError: the address is not this machine's, or in use.
     """
-    try:
+    with _named(settings):
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
         # With the protocol named, asyncio sends small packets at once; without, each response waits 40 ms.
@@ -39,6 +40,13 @@ def bind(settings: Settings) -> socket.socket:
             bound.close()
             raise
         return bound
+
+
+@contextmanager
+def _named(settings: Settings) -> Iterator[None]:
+    """Turn what the system says of an address into an error that names it."""
+    try:
+        yield
     except OSError as error:
         place = f"{settings.host}:{settings.port}"
         raise InvalidInputError("host and port", place, f"a free address of this machine ({error.strerror})") from error
@@ -64,7 +72,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal has come."""
         if self.should_exit:
-            self._service.worker.end()
+            # Not here, in the midst of anything: a request that is just being let in would never end.
+            asyncio.get_running_loop().call_soon_threadsafe(self._service.worker.end)
         else:
             super().handle_exit(sig, frame)
 
@@ -79,20 +88,25 @@ def serve(
     method: Method,
     settings: Settings,
     bound: socket.socket,
-    on_start: Callable[[], None] = lambda: None,
-    ranker: Ranker | None = None,
+    on_start: Callable[[], None],
+    ranker: Ranker,
 ) -> None:
-    """Serve until Ctrl-C, then let running requests end. For `ranker`, see `Service`.
+    """Serve until Ctrl-C, then let running requests end.
+
+    Args:
+        bound: see `bind`. on_start: called once clients can connect. ranker: see `Service`.
 
     Raises:
-        SparingError: the method cannot work on this model.
+        SparingError: the method cannot work on this model. InvalidInputError: another server has come to listen at
+            the address meanwhile.
     """
     service = Service(loaded, method, settings, ranker)
     try:
+        with _named(settings):
+            bound.listen()
         on_start()
         Server(service).run(sockets=[bound])
     except KeyboardInterrupt:
         pass  # uvicorn raises it again once it has stopped
     finally:
         service.close()
-        bound.close()
