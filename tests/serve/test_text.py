@@ -6,9 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
-from sparing.models import resolve
 from sparing.serve.text import Detokenizer, StopStrings, TextStream, decoder, token_texts
 
 TEXTS = [
@@ -19,11 +17,6 @@ TEXTS = [
     "\n\n\ttabs  and   spaces ",
     "e\u0301 \u200b",
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(resolve("bundled"))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -72,6 +65,32 @@ def test_the_texts_of_tokens_join_to_the_text(tokenizer: Any) -> None:
     assert token_texts(tokenizer, []) == []
     cut = token_texts(tokenizer, tokenizer.encode("語", add_special_tokens=False)[:-1])
     assert "".join(cut) == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("text", ["</s>", "\N{REPLACEMENT CHARACTER}"])
+def test_tokens_without_text_or_with_broken_text_are_not_decoded_again_and_again(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    token_ids = tokenizer.encode(f"one{text * 400} two", add_special_tokens=False)
+    decode, decoded = tokenizer.decode, 0
+
+    def counted(ids: list[int], **options: Any) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", counted)
+    texts = token_texts(tokenizer, token_ids)
+    assert "".join(texts) == decode(token_ids, skip_special_tokens=True)
+    assert (len(texts), texts[-1]) == (len(token_ids), " two")
+    assert decoded < 50 * len(token_ids)
+
+
+def test_the_space_before_a_word_outlives_special_tokens() -> None:
+    """Token 0 gives no text; words as SentencePiece's."""
+    words = ["", "▁one", "▁two"]
+    stream = Detokenizer(lambda ids: "".join(words[token] for token in ids).replace("▁", " ").removeprefix(" "))
+    assert "".join(stream.push(token) for token in [0] * 99 + [1] + [0] * 99 + [2]) == "one two"
 
 
 def cut_at_first_stop(text: str, stops: list[str]) -> tuple[str, bool]:

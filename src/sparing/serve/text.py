@@ -9,6 +9,8 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length"]
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Tokens after which text is not waited for any more. No character takes as many.
+_PATIENCE = 16
 
 
 def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
@@ -21,7 +23,8 @@ class Detokenizer:
 
     A token may be a part of a character, and what a token reads may depend on the one before it (a space that only
     the first word lacks). So the newest tokens are decoded together with those that gave the last text, and nothing
-    is given while the end is an incomplete character.
+    is given while the end is an incomplete character. Tokens that give none in a row (special ones), or none but broken
+    characters, are not decoded again and again.
 
     Args:
         decode: token ids to text, special tokens left out.
@@ -36,9 +39,12 @@ class Detokenizer:
         """The text that this token completes; may be empty."""
         self._ids.append(token)
         new = self._new_text()
-        if not new or new.endswith(_INCOMPLETE):
+        if (not new or new.endswith(_INCOMPLETE)) and len(self._ids) - self._given < _PATIENCE:
             return ""
-        self._before, self._given = self._given, len(self._ids)
+        if new:
+            self._before, self._given = self._given, len(self._ids)
+        else:  # what comes next still follows what gave the last text
+            del self._ids[self._given :]
         return new
 
     def flush(self) -> str:
