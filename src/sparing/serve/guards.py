@@ -148,6 +148,9 @@ class Observed:
             await self._app(scope, receive, noted)
         except asyncio.CancelledError:
             pass  # by uvicorn, which has waited long enough for this client, and would log a traceback
+        except Exception:
+            status = 500  # the response is made further out
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.responded(route, status, time.monotonic() - began)
