@@ -33,11 +33,6 @@ METHODS = (
 )
 
 
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    return load()
-
-
 def greedy(token_ids: list[int], max_tokens: int, document: Document | None = None) -> Completion:
     return Completion(token_ids, document, max_tokens, [], Sampling(0.0, 1.0, None))
 
@@ -67,7 +62,7 @@ def test_the_promise_covers_what_is_held_at_every_step(loaded: LoadedModel, text
     prompt = torch.randint(5, 2000, (600,), generator=torch.Generator().manual_seed(1)).tolist()
     events: list[Event] = []
     with use(loaded.model, method) as session, torch.inference_mode():
-        runner = Runner(loaded, method, session)
+        runner = Runner(loaded, session)
         costs = runner.measure()
         promised = costs.reading(600) + costs.growing(costs.reading(600), 40)
         assert promised < 3 * 640 * 2048  # no wild guess: a token of this model takes 2048 bytes
@@ -90,7 +85,7 @@ def test_a_promise_that_forgets_the_answer_is_broken(loaded: LoadedModel) -> Non
     """The specimen: what a compressed prompt holds does not cover the tokens written after it."""
     method = parse_method("snapkv", 0.5)
     with use(loaded.model, method) as session, torch.inference_mode():
-        runner, events = Runner(loaded, method, session), []
+        runner, events = Runner(loaded, session), []
         assert runner.measure().lanes == 8
         steps, held = complete(runner, greedy(list(range(5, 205)), 30), events.append), []
         for _ in steps:
@@ -132,6 +127,17 @@ def test_a_budget_promises_no_more_than_it_has() -> None:
     memory.release(one)
     memory.resize(one, 99)  # what has ended holds nothing, whatever comes late
     assert memory.free == 95
+
+
+def test_prompts_of_which_a_method_reads_as_many_tokens_whatever_their_length(loaded: LoadedModel) -> None:
+    """So both that costs are measured on are as long, and what transformers would hold is of all tokens."""
+    method, events = parse_method("specpc(draft=bundled)", 64, lambda name: load().model), []
+    with use(loaded.model, method) as session, torch.inference_mode():
+        runner = Runner(loaded, session)
+        costs = runner.measure()
+        assert costs.full == 2048
+        promised = costs.reading(600) + costs.growing(costs.reading(600), 40)
+        watched(complete(runner, greedy(list(range(5, 605)), 40), events.append), events, costs, promised)
 
 
 def document(name: str, size: int) -> Document:
@@ -189,7 +195,7 @@ def test_shares_and_usage_are_those_of_the_plan(loaded: LoadedModel, text: str) 
     method = parse_method("snapkv" if text == "full" else text, 1.0 if text == "full" else 0.25)
     token_ids, events = list(range(5, 205)), []
     with use(loaded.model, method) as session, torch.inference_mode():
-        for _ in compress(Runner(loaded, method, session), "key", token_ids, events.append):
+        for _ in compress(Runner(loaded, session), "key", token_ids, events.append):
             pass
     [read] = events
     assert isinstance(read, DocumentRead)
@@ -213,7 +219,7 @@ def test_tokens_that_were_never_read_have_no_share(loaded: LoadedModel) -> None:
     method = parse_method("specpc(draft=bundled,keep=0.5) & snapkv", 0.25, lambda name: load().model)
     token_ids, events = list(range(5, 205)), []
     with use(loaded.model, method) as session, torch.inference_mode():
-        for _ in compress(Runner(loaded, method, session), "key", token_ids, events.append):
+        for _ in compress(Runner(loaded, session), "key", token_ids, events.append):
             pass
     found = events[0].document
     columns = set(found.cache.shortening.columns[0].tolist())

@@ -35,7 +35,8 @@ class Costs:
         then the worse of the two costs per token is taken.
         """
         (tokens, held), (more_tokens, more_held) = short, long
-        per_token = _ceil(more_held - held, more_tokens - tokens)
+        # A method that shortens prompts to a number of tokens may have read as many of both.
+        per_token = 0 if more_tokens == tokens else _ceil(more_held - held, more_tokens - tokens)
         if per_token < full:
             return cls(0, max(_ceil(held, tokens), _ceil(more_held, more_tokens)), full, lanes)
         return cls(max(0, held - per_token * tokens), per_token, full, lanes)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from sparing.adapters.cache import EvictingCache
-from sparing.core.method import Method
+from sparing.adapters.lens import ModelLens
 from sparing.core.placement import input_device
 from sparing.core.ranker import Ranker
 from sparing.loading import LoadedModel
-from sparing.reranking import rerank
+from sparing.reranking import rank_through
 from sparing.serve.documents import Document, kept_shares
 from sparing.serve.events import DocumentRead, Done, Event, Piece, Ranking, Read
 from sparing.serve.memory import Costs
@@ -42,12 +43,15 @@ class Runner:
         session: an entered session on the loaded model.
     """
 
-    def __init__(self, loaded: LoadedModel, method: Method, session: Session) -> None:
-        self.model, self.tokenizer, self.method, self.session = loaded.model, loaded.tokenizer, method, session
-        self.device = input_device(self.model)
-        eos = self.model.generation_config.eos_token_id
-        self.end_ids: set[int] = set(eos if isinstance(eos, list) else [eos]) - {None}
+    def __init__(self, loaded: LoadedModel, session: Session) -> None:
+        self.model, self.tokenizer, self.session = loaded.model, loaded.tokenizer, session
+        self.device, self.end_ids = input_device(self.model), loaded.end_ids
         self._longest = min(_MEASURED, (loaded.max_length or _MEASURED + 1) - 1)
+
+    @cached_property
+    def lens(self) -> ModelLens:
+        """How rankers see the model; first asked for in a paused session, since making it runs the model."""
+        return ModelLens(self.model, self.tokenizer)
 
     def forward(self, token_ids: Tensor, cache: EvictingCache) -> Tensor:
         """(vocabulary,) logits after the last of (1, n) tokens."""
@@ -62,14 +66,13 @@ class Runner:
             logits = self.forward(token_ids[:, start : start + chunk], cache)
         return logits
 
-    def read(self, token_ids: Sequence[int]) -> Generator[None, None, tuple[EvictingCache, Tensor]]:
-        """Read a prompt and compress it; returns the cache, and the logits after the prompt."""
+    def read(self, token_ids: Sequence[int]) -> Generator[None, None, tuple[EvictingCache, Tensor, Usage]]:
+        """Read a prompt and compress it; returns the cache, the logits after the prompt, and what it came to."""
         cache, prompt = self._begin(self.tensor(token_ids))
         # What is sparse in the attention of a whole prompt may be another thing in its parts.
-        chunk = CHUNK if self.method.reading is None else prompt.shape[1]
+        chunk = CHUNK if self.session.method.reading is None else prompt.shape[1]
         logits = yield from self.feed(prompt, cache, chunk)
-        cache.report()
-        return cache, logits
+        return cache, logits, Usage.of(cache, len(token_ids))
 
     def measure(self) -> Costs:
         """What a prompt costs at most. Everything that compiles on first use does so here.
@@ -87,7 +90,7 @@ class Runner:
             lanes, whole = sum(layer.kv_heads for layer in cache.evicting), cache.bytes_kept
             # Methods that free nothing hold more afterwards than before.
             found.append((prompt.shape[1], max(whole, cache.report().bytes_kept)))
-            full = cache.bytes_full // prompt.shape[1]
+            full = cache.bytes_full // tokens  # those that a method has dropped unread count as well
             self.forward(prompt[:, :1], cache)
         return Costs.fitted(found[0], found[1], full, lanes)
 
@@ -123,14 +126,14 @@ class Completion:
 
 def complete(runner: Runner, asked: Completion, post: Post) -> Iterator[None]:
     """Write one answer: `Read`, a `Piece` for every bit of text, `Done`."""
-    known = 0
     if asked.document is None:
-        cache, logits = yield from runner.read(asked.token_ids)
+        cache, logits, usage = yield from runner.read(asked.token_ids)
     else:
         known, cache = len(asked.document.token_ids), asked.document.cache.clone()
         asked.document = None
         logits = yield from runner.feed(runner.tensor(asked.token_ids), cache)
-    post(Read(Usage.of(cache, known + len(asked.token_ids), known)))
+        usage = Usage.of(cache, known + len(asked.token_ids), known)
+    post(Read(usage))
     sampler = Sampler(asked.sampling)
     stream = TextStream(decoder(runner.tokenizer), runner.end_ids, asked.stop, asked.max_tokens)
     while True:
@@ -148,13 +151,12 @@ def complete(runner: Runner, asked: Completion, post: Post) -> Iterator[None]:
 def rank(runner: Runner, ranker: Ranker, query: str, documents: Sequence[str], post: Post) -> Iterator[None]:
     """Rank documents: `Ranking`. The model is its own meanwhile, since no cache is compressed here."""
     with runner.session.paused():
-        ranked = rerank(runner.model, runner.tokenizer, query, documents, ranker)
+        [ranked] = rank_through(runner.lens, [query], documents, ranker)
     post(Ranking(ranked))
-    yield
+    yield from ()
 
 
 def compress(runner: Runner, key: str, token_ids: Sequence[int], post: Post) -> Iterator[None]:
     """Read a document before any question is known: `DocumentRead`."""
-    cache, _ = yield from runner.read(token_ids)
-    usage, shares = Usage.of(cache, len(token_ids)), kept_shares(cache, len(token_ids))
-    post(DocumentRead(Document(key, token_ids, cache, usage, shares)))
+    cache, _, usage = yield from runner.read(token_ids)
+    post(DocumentRead(Document(key, token_ids, cache, usage, kept_shares(cache, len(token_ids)))))

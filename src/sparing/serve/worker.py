@@ -56,11 +56,7 @@ class Job:
     def close(self) -> None:
         """Let go of everything that its steps hold."""
         self._running = None
-        self.steps = _nothing
-
-
-def _nothing(runner: Runner, post: Callable[[Event], None]) -> Iterator[None]:
-    return iter(())
+        self.steps = lambda runner, post: iter(())
 
 
 class Worker:
@@ -113,7 +109,7 @@ class Worker:
     def _run(self) -> None:
         try:
             with use(self._loaded.model, self._method) as session, torch.inference_mode():
-                runner = Runner(self._loaded, self._method, session)
+                runner = Runner(self._loaded, session)
                 self._ready.set_result(runner.measure())
                 while self._receive():
                     self._round(runner)
