@@ -7,6 +7,7 @@ ready, and an item whose worker was lost is given to a new one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -76,22 +77,16 @@ class Pool(Generic[Item, Result]):
     def run(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
         """Yield (item, result) as results come; items are read as they are needed."""
         if self.cluster.ray is not None:
-            yield from self._on_ray(iter(items))
+            yield from self._on_ray(self.cluster.ray, iter(items))
             return
         for item in items:
             self._work = self._work or self._make_worker()
             yield item, self._work(item)
 
-    @property
-    def size(self) -> int:
-        """How many items are worked on at a time."""
-        if self.cluster.ray is None:
-            return 1
-        self._connect()
-        return self.cluster.workers or _room(self._ray, self.cluster)
-
-    def _on_ray(self, items: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
-        size = self.size
+    def _on_ray(self, address: str, items: Iterator[Item]) -> Iterator[tuple[Item, Result]]:
+        if self._ray is None:
+            self._ray, self._started_ray = _connect(address)
+        size = self.cluster.workers or _room(self._ray, self.cluster)
         running: dict[Any, tuple[Any, Item, int]] = {}
 
         def start(item: Item, worker: Any = None, tries: int = 1) -> None:
@@ -99,7 +94,7 @@ class Pool(Generic[Item, Result]):
             running[worker.run.remote(item)] = (worker, item, tries)
 
         try:
-            for item in _first(items, size):
+            for item in itertools.islice(items, size):
                 start(item)
             while running:
                 (ready,), _ = self._ray.wait(list(running), num_returns=1)
@@ -137,12 +132,6 @@ class Pool(Generic[Item, Result]):
 
         actor = self._ray.remote(Worker).options(num_cpus=self.cluster.cpus, num_gpus=self.cluster.gpus)
         return actor.remote()
-
-    def _connect(self) -> None:
-        """Have Ray, connected, and note whether that was done here."""
-        if self._ray is None:
-            assert self.cluster.ray is not None
-            self._ray, self._started_ray = _connect(self.cluster.ray)
 
 
 def run_tasks(
@@ -183,11 +172,3 @@ def _room(ray: Any, cluster: Cluster) -> int:
         fix = "say how many workers there are to be if the cluster grows by itself"
         raise InvalidInputError("a worker's share", f"{cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs", allowed, fix)
     return room
-
-
-def _first(items: Iterator[Item], count: int) -> Iterator[Item]:
-    for _ in range(count):
-        item = next(items, None)
-        if item is None:
-            return
-        yield item

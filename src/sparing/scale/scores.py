@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,7 +74,7 @@ def measure(
         met = cast(Met, met)
         check(met.identity)
         if isinstance(scorer, MeanScorer):
-            run = Run(**vars(met.run) | {"progress": progress})
+            run = replace(met.run, progress=progress)
             batches = -(-len(run.samples) // run.batch_size)
             found = scorer.average(run, _in_order(pool.run(range(batches))))
         else:
