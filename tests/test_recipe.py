@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparing
-from sparing.core.scores import ModelIdentity, Scores
+from sparing.core.scores import ModelIdentity, Scores, save_scores
 from sparing.errors import InputFileError
 from sparing.loading import ModelSpec
 from sparing.recipe import FORMAT, Recipe, load
@@ -18,6 +18,14 @@ from sparing.recipe import FORMAT, Recipe, load
 def made(text="snapkv(window=16)+adaptive", keep=0.25, **more):
     parameters = repr(sparing.parse_method(text, keep)) if "parameters" not in more else more.pop("parameters")
     return Recipe(ModelSpec(), ModelSpec().load().fingerprint, text, keep, parameters, {"cells": [], "seed": 0}, **more)
+
+
+def gates(folder):
+    """A file of scores, other ones each time."""
+    folder.mkdir()
+    identity = ModelIdentity("bundled", "LlamaForCausalLM", 4, 4, 2, 16, "")
+    save_scores(folder / "duo.safetensors", [Scores(torch.rand(4, 2), ("layer", "kv_head"), "duo_gates", identity)])
+    return folder / "duo.safetensors"
 
 
 @pytest.fixture(name="file")
@@ -45,13 +53,7 @@ def test_what_was_saved_is_loaded_and_runs(file):
 
 def test_files_that_a_method_needs_travel_with_the_recipe(tmp_path, monkeypatch):
     there, here = tmp_path / "there", tmp_path / "here"
-    there.mkdir()
-    identity = ModelIdentity("bundled", "LlamaForCausalLM", 4, 4, 2, 16, "")
-    gates = Scores(torch.rand(4, 2), ("layer", "kv_head"), "duo_gates", identity)
-    from sparing.core.scores import save_scores
-
-    save_scores(there / "duo.safetensors", [gates])
-    text = f"duo(scores={there / 'duo.safetensors'})"
+    text = f"duo(scores={gates(there)})"
     recipe = made(text, 0.5).save(here / "recipe.json")
     assert recipe.text == "duo(scores=recipe-duo.safetensors)"
     (there / "duo.safetensors").unlink()
@@ -60,6 +62,26 @@ def test_files_that_a_method_needs_travel_with_the_recipe(tmp_path, monkeypatch)
     (here / "recipe-duo.safetensors").write_bytes(b"something else")
     with pytest.raises(InputFileError, match="not the file that the recipe was made with"):
         _ = load(here / "recipe.json").method
+
+
+@pytest.mark.parametrize("written", ["scores={}", "scores='{}'", "scores = {} , keep=0.5", 'min_prompt=8, scores="{}"'])
+def test_files_are_found_however_they_are_written(written, tmp_path):
+    file = gates(tmp_path / "there (1)")
+    text = f"duo({written.format(file)}) "
+    recipe = made(text, 0.5).save(tmp_path / "here" / "recipe.json")
+    file.unlink()
+    assert list(recipe.artifacts) == ["recipe-duo.safetensors"]
+    assert repr(load(tmp_path / "here" / "recipe.json").method) == recipe.parameters
+
+
+def test_two_files_of_one_name_are_two_files(tmp_path):
+    files = [gates(tmp_path / name) for name in ("one", "two")]
+    text = f"flexprefill & duo(scores={files[0]}) & duo(scores={files[1]}) & duo(scores={files[0]})"
+    recipe = made(text, 0.5, parameters="").save(tmp_path / "recipe.json")
+    assert len(recipe.artifacts) == 2
+    recipe.check_artifacts()
+    named = [part.partition("=")[2].strip(" )") for part in recipe.text.split("&")[1:]]
+    assert named[0] == named[2] != named[1]
 
 
 def test_another_meaning_of_the_same_text_is_refused(file):

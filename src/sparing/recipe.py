@@ -29,7 +29,8 @@ from sparing.errors import InputFileError, InvalidInputError, MissingExtraError,
 from sparing.loading import Drafts, LoadedModel, ModelSpec
 
 FORMAT = "sparing-recipe-1"
-_SCORES = re.compile(r"\bscores=([^,()]+)")
+# A file that a method's text names, as `parse_call` reads it.
+_SCORES = re.compile(r"""\bscores\s*=\s*['"]?([^,]+?)['"]?\s*(?=,|\)\s*(?:[+&]|$))""")
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,15 @@ class Recipe:
             InputFileError: a file that it needs is missing or has changed, or this version of sparing makes another
                 method of the same text.
         """
-        for name, digest in self.artifacts.items():
-            if _digest(self.folder / name) != digest:
-                raise InputFileError(self.folder / name, "is not the file that the recipe was made with")
+        self.check_artifacts()
         method = parse_method(self.resolved, self.keep, Drafts(self.model))
-        if repr(method) != self.parameters:
-            problem = f"means another method in this version of sparing: {method!r}, not {self.parameters}"
-            made = self.environment.get("sparing")
-            raise InputFileError(self.folder, problem, f"install sparing {made}, or tune again")
+        self.check_method(repr(method))
         return method
 
     @property
     def resolved(self) -> str:
         """The method's text, with files where they are."""
-        return _SCORES.sub(lambda found: f"scores={self.folder / found.group(1).strip()}", self.text)
+        return _SCORES.sub(lambda found: f"scores={self.folder / found.group(1)}", self.text)
 
     def load_model(self) -> LoadedModel:
         """Load the model.
@@ -87,10 +83,39 @@ class Recipe:
             InputFileError: it is not the model that the recipe was made for. UnsupportedModelError: see `ModelSpec`.
         """
         loaded = self.model.load()
-        if loaded.fingerprint != self.fingerprint:
+        self.check_model(loaded.fingerprint)
+        return loaded
+
+    def check_artifacts(self) -> None:
+        """Refuse to run with other files than the recipe was made with.
+
+        Raises:
+            InputFileError: one is missing or has changed.
+        """
+        for name, digest in self.artifacts.items():
+            if _digest(self.folder / name) != digest:
+                raise InputFileError(self.folder / name, "is not the file that the recipe was made with")
+
+    def check_method(self, parameters: str) -> None:
+        """Refuse another method than the recipe's; `parameters`: the method with all its values.
+
+        Raises:
+            InputFileError: it is another one.
+        """
+        if parameters != self.parameters:
+            problem = f"means another method in this version of sparing: {parameters}, not {self.parameters}"
+            made = self.environment.get("sparing")
+            raise InputFileError(self.folder, problem, f"install sparing {made}, or tune again")
+
+    def check_model(self, fingerprint: str) -> None:
+        """Refuse another model than the recipe's.
+
+        Raises:
+            InputFileError: it is another one.
+        """
+        if fingerprint != self.fingerprint:
             problem = f"was made for another model than {self.model.name} is now ({self.fingerprint})"
             raise InputFileError(self.folder, problem, "tune again for this one")
-        return loaded
 
     def save(self, path: str | Path) -> Recipe:
         """Write the recipe, and the files that it needs beside it.
@@ -105,9 +130,11 @@ class Recipe:
         artifacts: dict[str, str] = {}
 
         def beside(found: re.Match[str]) -> str:
-            source = self.folder / found.group(1).strip()
+            source = self.folder / found.group(1)
             digest = _digest(source)
             name = f"{target.stem}-{source.name}" if target.stem not in source.name else source.name
+            if artifacts.get(name, digest) != digest:  # two files of one name
+                name = f"{digest[:8]}-{name}"
             _copy(source, target.parent / name)
             artifacts[name] = digest
             return f"scores={name}"

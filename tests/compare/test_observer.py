@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 
 import sparing
@@ -48,6 +51,52 @@ def test_a_context_is_read_once_by_everybody_who_has_not_read_it(tmp_path, read)
         observer.observe([(0, index, [SNAPKV, KNORM]) for index in (0, 1, 2)])
     one, both = ["full", "knorm"], ["full", "snapkv", "knorm"]
     assert read == [(0, ["full", "snapkv"]), (1, ["full", "snapkv"]), (0, one), (1, one), (2, both)]
+
+
+def test_everybody_is_introduced_once_and_a_refusal_is_remembered(tmp_path, monkeypatch):
+    met, introduce = [], worker.ContextWorker._introduce
+
+    def slow(self, item):
+        met.extend(contestant.name for contestant in item.contestants)
+        time.sleep(0.2)
+        return introduce(self, item)
+
+    def refuse(engine, *_):
+        raise MethodRefusedError("knorm", "is refused here")
+
+    monkeypatch.setattr(worker.ContextWorker, "_introduce", slow)
+    with Observer(ModelSpec(), cells(), 0, tmp_path) as observer:
+        assert observer.introduce([SNAPKV]) == {}
+        ready = observer.ready
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.Engine, "compress", refuse)
+            first = observer.introduce([SNAPKV, KNORM])
+        assert list(first) == [KNORM]
+        assert observer.introduce([SNAPKV, KNORM]) == first
+        assert observer.introduce([SNAPKV]) == {}
+        assert observer.ready == ready
+        assert look_ahead(observer, [SNAPKV]).ready == ready > 0.2, "the first time, when the model was loaded"
+    assert met == ["full", "snapkv", "knorm"]
+
+
+def test_the_example_is_kept_when_its_context_is_read_whoever_reads_it_first(tmp_path):
+    """Also by a plan, or before an interruption: the context is not read again."""
+
+    def shown():
+        return json.loads((tmp_path / "examples.json").read_text())
+
+    with Observer(ModelSpec(), cells(), 0, tmp_path) as observer:
+        look_ahead(observer, [SNAPKV])
+        before = shown()
+        assert set(before["methods"]) == {"snapkv"}
+        observer.introduce([KNORM])
+        observer.observe([(0, 0, [KNORM])], show=(0, 0))
+    assert shown() | {"methods": None} == before | {"methods": None}
+    assert set(shown()["methods"]) == {"snapkv", "knorm"}
+    assert shown()["methods"]["snapkv"] == before["methods"]["snapkv"]
+    with Observer(ModelSpec(), cells(), 1, tmp_path) as observer:
+        look_ahead(observer, [KNORM])
+    assert set(shown()["methods"]) == {"knorm"}, "another seed, another text"
 
 
 def test_what_was_interrupted_goes_on_at_the_first_missing_context(tmp_path, read):
@@ -113,6 +162,13 @@ def test_a_plan_reads_one_context_of_each_cell_and_keeps_it(tmp_path, read):
         assert [each.workers for each in outlook.choices()] == [1, 2, 4, 8]
         # Two more have been read, so six are left.
         assert len(look_ahead(observer, [SNAPKV]).seconds) == 6
+        assert observer.left([SNAPKV]) == [[2, 3, 4]] * 2
+        assert observer.left([]) == [[]] * 2
+
+
+def test_a_plan_of_the_full_cache_alone(tmp_path):
+    with Observer(ModelSpec(), cells(range(3)), 0, tmp_path) as observer:
+        assert len(look_ahead(observer, []).seconds) == 2
 
 
 def test_cells_of_a_file_have_the_contexts_that_it_has(tmp_path):
@@ -122,6 +178,9 @@ def test_cells_of_a_file_have_the_contexts_that_it_has(tmp_path):
 
     found = cells_of([load_user_task(file), registry.get("needle_single")], ["query-aware"], [64, 128], 5)
     assert [(cell.length, len(cell.contexts)) for cell in found] == [(None, 3), (64, 5), (128, 5)]
+    assert cells_of([load_user_task(file)], ["query-aware"], [], 5), "a file has lengths of its own"
+    with pytest.raises(InvalidInputError, match="at least one number of tokens"):
+        cells_of([registry.get("needle_single")], ["query-aware"], [], 5)
     assert GATE.is_full
     assert not SNAPKV.is_full
 

@@ -41,7 +41,7 @@ class PlantedObserver:
     def __init__(self, spec, cells, seed, folder, cluster=None):
         self.spec, self.cells, self.seed = spec, list(cells), seed
         made_with = {"sparing": "0", "hardware": {"cpu": "none", "gpu": None}}
-        self.facts = Facts("planted", "a planted model", None, 16, [], [], made_with)
+        self.facts = Facts("planted", "a planted model", 16, [], [], made_with)
         self.reads = Counter()
         PlantedObserver.made = self
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparing.cli.cluster import cluster_options
-from sparing.cli.options import model_options
+from sparing.cli.options import count_or_share, model_options, whole_numbers
 from sparing.errors import InvalidInputError, require
 
 if TYPE_CHECKING:
@@ -69,19 +69,18 @@ def ablate(
     draws: int, seed: int, out: Path, html: Path | None,
 ) -> None:  # fmt: skip
     """Take heads away, best-scored first, and see what a task loses: the ablation curve."""
-    from sparing.adapters.lens import ModelLens
     from sparing.cli.progress import ProgressBar
     from sparing.compare.ablation_curve import ablation_curve
     from sparing.core.scores import Scores
     from sparing.tasks import named
 
     measured, task = Scores.load(scores), named(task_name)
+    removed = None if counts is None else whole_numbers("counts", counts)
     loaded = spec.load()
-    measured.check_model(ModelLens(loaded.model).identity)
     with ProgressBar("ablating") as told:
         curve = ablation_curve(
             loaded.model, loaded.tokenizer, measured, task, length=length, samples=samples, kind=kind,
-            counts=_counts(counts), draws=draws, seed=seed, progress=told,
+            counts=removed, draws=draws, seed=seed, progress=told,
         )  # fmt: skip
     curve.save(out)
     click.echo(f"intact {curve.full:.2f} on {curve.task} (n = {curve.n})")
@@ -122,7 +121,7 @@ def corpus(
     measured = Scores.load(scores)
     with ProgressBar("scoring") as told:
         new = score_corpus(
-            spec, measured, data, out, top=_number(top), domain=domain, max_tokens=max_tokens,
+            spec, measured, data, out, top=count_or_share("top", top), domain=domain, max_tokens=max_tokens,
             batch_tokens=batch_tokens, cluster=cluster,
             progress=lambda done, what: told(done, 0, what),
         )  # fmt: skip
@@ -154,23 +153,7 @@ def _heads(scores: Path | None, top: str | None, heads: str | None, model: Any) 
         return chosen_heads(pairs)
     if scores is None or top is None:
         raise InvalidInputError("heads", None, "--heads, or --scores together with --top")
-    return chosen_heads(Scores.load(scores, ModelLens(model).identity), _number(top))
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError:
-        raise InvalidInputError("top", text, "a whole number, or a share in (0, 1]") from None
-
-
-def _counts(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidInputError("counts", text, "whole numbers, comma-separated") from None
+    return chosen_heads(Scores.load(scores, ModelLens(model).identity), count_or_share("top", top))
 
 
 COMMANDS = (edit, ablate, corpus)

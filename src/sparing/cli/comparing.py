@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -12,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sparing.cli.cluster import cluster_options
-from sparing.cli.options import chat_option, model_options
-from sparing.cli.recipes import RECIPE, recipe_of
-from sparing.errors import InputFileError, InvalidInputError
+from sparing.cli.options import chat_option, command_line, model_options, split_tasks, whole_numbers
+from sparing.cli.recipes import RECIPE, measured_on, recipe_of
+from sparing.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from sparing.compare.cells import Cell, Contestant
     from sparing.compare.observer import Observer
     from sparing.compare.sweep import Sweep
     from sparing.loading import ModelSpec
-    from sparing.recipe import Recipe
     from sparing.scale.pool import Cluster
     from sparing.tasks import Task
 
@@ -43,11 +41,9 @@ DEFAULT_TASKS = "needle_single,needle_multikey,kv_retrieval,perplexity"
 @click.option("--price", default=None, type=click.FloatRange(0), help="With --plan: of one worker for an hour.")
 @click.option("--out", default="results/compare", show_default=True, type=click.Path(path_type=Path))
 @cluster_options
-@click.pass_context
 def compare(
-    context: click.Context, spec: ModelSpec, method_text: str, keep_text: str, task_text: str, lengths: str,
-    samples: int, mode: str, seed: int, recipe_file: Path | None, plan: bool, price: float | None, out: Path,
-    cluster: Cluster,
+    spec: ModelSpec, method_text: str, keep_text: str, task_text: str, lengths: str, samples: int, mode: str,
+    seed: int, recipe_file: Path | None, plan: bool, price: float | None, out: Path, cluster: Cluster,
 ) -> None:  # fmt: skip
     """Compare methods at several budgets on tasks, and write a report.
 
@@ -60,59 +56,44 @@ def compare(
 
     if price is not None and not plan:
         raise InvalidInputError("price", price, "nothing without --plan")
-    recipe = recipe_of(context, recipe_file)
+    recipe = recipe_of(recipe_file)
     if recipe is not None:
-        spec, seed = recipe.model, recipe.work["seed"]
-        contestants, cells = [Contestant(recipe.resolved, recipe.keep)], recipe_cells(recipe)
+        recipe.check_artifacts()
+        spec, contestants = recipe.model, [Contestant(recipe.resolved, recipe.keep)]
+        seed, cells, promised = measured_on(recipe)
     else:
         tasks = [task for _, task in split_tasks(task_text, spec.chat)]
         contestants, cells = _contestants(method_text, keep_text), _cells(tasks, lengths, mode, samples)
-    if method_text == "all" and recipe is None:
-        _say_what_is_left_out()
+        if method_text == "all":
+            _say_what_is_left_out()
     with Observer(spec, cells, seed, out, cluster) as observer:
         contestants = _fit(observer, contestants, explicit=method_text != "all" or recipe is not None)
+        if recipe is not None:
+            recipe.check_model(observer.facts.fingerprint)
+            recipe.check_method(observer.parameters(contestants[0]))
         if plan:
             _forecast(observer, contestants, price)
             return
-        assert observer.facts is not None
-        run = {"command": shlex.join(["sparing", *sys.argv[1:]]), "seed": seed, "model": spec.name}
-        run |= {"model_description": observer.facts.description, "samples": samples}
         with ResultStore(out) as store:
             if store.repaired:
                 click.echo(f"{store.file}: {store.repaired}", err=True)
-            _run_and_report(Sweep(observer, contestants, store), run)
+            sweep = Sweep(observer, contestants, store)
+            _run_and_report(sweep)
             if recipe is not None:
-                _say_if_it_holds(recipe, store.rows())
+                _say_if_it_holds(sweep, promised)
 
 
-def recipe_cells(recipe: Recipe) -> list[Cell]:
-    """The cells on which a recipe was measured.
-
-    Raises:
-        InputFileError: a file of the user's own is another one now.
-    """
-    from sparing.compare.cells import Cell
-    from sparing.tasks import named
-
-    cells = []
-    for each in recipe.work["cells"]:
-        task = named(each["task"], recipe.model.chat)
-        if task.label != each["label"]:
-            problem = f"is not the file that the recipe was measured on (now {task.label}, then {each['label']})"
-            raise InputFileError(each["task"], problem)
-        cells.append(Cell(task, each["mode"], each["length"], tuple(each["contexts"])))
-    return cells
-
-
-def _say_if_it_holds(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> None:
-    """Compare the rows with what the recipe expects; exit code 1 if they differ."""
-    found = {(row["task"], row["mode"], row["length"]): row for row in rows if row["parameters"] == recipe.parameters}
+def _say_if_it_holds(sweep: Sweep, promised: Sequence[dict[str, float]]) -> None:
+    """Compare what a recipe was measured to do with what it does in each cell; exit code 1 if they differ."""
+    rows, contestant = {row["key"]: row for row in sweep.store.rows()}, sweep.contestants[-1]
     differences = []
-    for cell in recipe.expected["cells"]:
-        row = found[cell["label"], cell["mode"], cell["length"]]
-        for name in ("score", "bytes_kept", "bytes_full"):
-            if abs(row[name] - cell[name]) > 1e-9:
-                differences.append(f"{cell['label']}: {name} is {row[name]:.6g}, the recipe says {cell[name]:.6g}")
+    for number, numbers in enumerate(promised):
+        row = rows[sweep.key(contestant, number)]
+        differences += [
+            f"{row['task']}: {name} is {row[name]:.6g}, the recipe says {value:.6g}"
+            for name, value in numbers.items()
+            if abs(row[name] - value) > 1e-9
+        ]
     if differences:
         click.echo("the recipe's numbers do not hold here:\n" + "\n".join(differences), err=True)
         sys.exit(1)
@@ -124,19 +105,18 @@ def _contestants(method_text: str, keep_text: str) -> list[Contestant]:
     from sparing.compare.cells import Contestant
     from sparing.core.budget import parse_keep
     from sparing.core.method import methods as registered
-    from sparing.core.parsing import parse_method, split_methods
+    from sparing.core.parsing import check_method, split_methods
 
     names = split_methods(method_text)
     if method_text == "all":
-        names = [info.name for info in registered().values() if not (info.needs or info.needs_draft)]
+        names = [info.name for info in registered().values() if info.needs_nothing]
     keeps = [parse_keep(part) for part in keep_text.split(",") if part.strip()]
     names = list(dict.fromkeys(name for name in names if name != "full"))
     if not keeps:
         raise InvalidInputError("keep", keep_text, 'at least one budget, such as "0.5,0.25"')
     found = [Contestant(name, keep) for name in names for keep in dict.fromkeys(keeps)]
-    for contestant in found:
-        if "draft=" not in contestant.name:  # what is no method is said before any model is loaded
-            parse_method(contestant.name, contestant.keep)
+    for contestant in found:  # what is no method is said before any model is loaded
+        check_method(contestant.name, contestant.keep)
     return found
 
 
@@ -152,32 +132,11 @@ def _say_what_is_left_out() -> None:
             click.echo(f"left out: {info.name} (needs a measurement: {how})", err=True)
 
 
-def split_tasks(text: str, chat: bool) -> list[tuple[str, Task]]:
-    """Tasks by name or file, comma-separated, each beside its text; see `tasks.named`."""
-    from sparing import tasks
-
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts:
-        raise InvalidInputError("tasks", text, "at least one of " + ", ".join(tasks.names()))
-    return [(part, tasks.named(part, chat)) for part in parts]
-
-
 def _cells(tasks: list[Task], lengths: str, mode: str, samples: int) -> list[Cell]:
     from sparing.compare.cells import MODES, cells_of
 
     modes = [each for each in MODES if mode in ("both", each)]
-    cells = cells_of(tasks, modes, whole_numbers("lengths", lengths), samples)
-    if not cells:
-        raise InvalidInputError("lengths", "", "at least one number of tokens")
-    return cells
-
-
-def whole_numbers(what: str, text: str) -> list[int]:
-    """Comma-separated."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise InvalidInputError(what, text, "whole numbers of tokens, comma-separated") from None
+    return cells_of(tasks, modes, whole_numbers("lengths", lengths), samples)
 
 
 def _fit(observer: Observer, contestants: list[Contestant], explicit: bool) -> list[Contestant]:
@@ -221,20 +180,25 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
 
 
-def _run_and_report(sweep: Sweep, run: dict[str, Any]) -> None:
+def _run_and_report(sweep: Sweep) -> None:
     """Run with a progress bar; whatever happens, what was measured is on disk and can be gone on with."""
     from rich.console import Console
 
     from sparing.cli.progress import ProgressBar
+    from sparing.compare.observer import EXAMPLES
     from sparing.compare.report import render_report
-    from sparing.compare.store import write_json_atomic, write_text_atomic
+    from sparing.compare.store import read_json, write_json_atomic, write_text_atomic
     from sparing.compare.table import render_table
 
     folder, observer = sweep.store.folder, sweep.observer
-    assert observer.facts is not None
-    run = {**run, **observer.facts.environment, "started": _now(), "finished": None}
+    run: dict[str, Any] = {
+        "command": command_line(), "seed": observer.seed, "model": observer.spec.name,
+        "model_description": observer.facts.description, "samples": max(len(cell.contexts) for cell in observer.cells),
+        **observer.facts.environment, "started": _now(), "finished": None,
+    }  # fmt: skip
     write_json_atomic(folder / "run.json", run)
-    total, done = sum(len(observer.cells[number].contexts) for number in sweep.missing()), 0
+    left, done = observer.left(sweep.contestants), 0
+    total = sum(len(left[number]) for number in sweep.missing())
     with ProgressBar("reading") as told:
 
         def progress(cell: Cell) -> None:
@@ -246,23 +210,10 @@ def _run_and_report(sweep: Sweep, run: dict[str, Any]) -> None:
         sweep.run()
     run["finished"] = _now()
     write_json_atomic(folder / "run.json", run)
-    if observer.example is not None:
-        write_json_atomic(folder / "examples.json", observer.example.facts | {"methods": observer.example.methods})
     rows = sweep.store.rows()
-    write_text_atomic(folder / "report.html", render_report(run, rows, _read_json(folder / "examples.json")))
+    write_text_atomic(folder / "report.html", render_report(run, rows, read_json(folder / EXAMPLES)))
     render_table(rows, Console(emoji=False))
     click.echo(f"report: {folder / 'report.html'}")
-
-
-def _read_json(path: Path) -> Any:
-    import json
-
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputFileError(path, f"cannot be read ({error})", "delete it and run the command again") from error
 
 
 def _now() -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sparing.cli.options import chat_option, model_options
-from sparing.cli.recipes import RECIPE, recipe_of
+from sparing.cli.recipes import RECIPE, model_and_method, recipe_of
 from sparing.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -26,26 +26,19 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--query-aware", is_flag=True, help="Let the method see the question before it drops anything.")
 @click.option("--compare-full", is_flag=True, help="Answer from the full cache as well.")
-@click.pass_context
 def generate(
-    context: click.Context, spec: ModelSpec, method_text: str, keep_text: str, recipe_file: Path | None,
-    context_file: Path, question: str, max_new_tokens: int, query_aware: bool, compare_full: bool,
+    spec: ModelSpec, method_text: str, keep_text: str, recipe_file: Path | None, context_file: Path, question: str,
+    max_new_tokens: int, query_aware: bool, compare_full: bool,
 ) -> None:  # fmt: skip
     """Answer a question about a text from a compressed cache."""
     from sparing.compare.ask import ask
-    from sparing.core.budget import parse_keep
-    from sparing.core.parsing import parse_method
-    from sparing.loading import Drafts
     from sparing.tasks.rows import read_text
 
-    recipe = recipe_of(context, recipe_file)
-    drafts = Drafts(spec)
-    method = recipe.method if recipe is not None else parse_method(method_text, parse_keep(keep_text), drafts)
+    recipe = recipe_of(recipe_file)
     text = read_text(context_file, "it should hold the text that the question is about")
     if not question.strip():
         raise InvalidInputError("question", question, "some text")
-    loaded = recipe.load_model() if recipe is not None else spec.load()
-    drafts.check(loaded)
+    loaded, method = model_and_method(spec, method_text, keep_text, recipe)
     ask(loaded, method, text, question, max_new_tokens, query_aware, compare_full)
 
 

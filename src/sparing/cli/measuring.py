@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparing.cli.cluster import cluster_options
-from sparing.cli.options import model_options
-from sparing.errors import InvalidInputError
+from sparing.cli.options import command_line, count_or_share, model_options
 
 if TYPE_CHECKING:
     from sparing.loading import ModelSpec
@@ -75,7 +72,7 @@ def score(
         from sparing.compare.store import write_text_atomic
 
         html.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(html, render_scores(found, compare=other, command=shlex.join(["sparing", *sys.argv[1:]])))
+        write_text_atomic(html, render_scores(found, compare=other, command=command_line()))
         click.echo(f"page: {html}")
     if png is not None:
         from sparing.compare.measurement.png import save_png
@@ -93,10 +90,7 @@ def agree(first: Path, second: Path, top: str) -> None:
     from sparing.core.scores import Scores
     from sparing.core.scores import agree as compare
 
-    try:
-        k: int | float = int(top) if top.isdigit() else float(top)
-    except ValueError:
-        raise InvalidInputError("top", top, "a whole number, or a share in (0, 1]") from None
+    k = count_or_share("top", top)
     click.echo(str(compare(Scores.load(first), Scores.load(second), k)))
 
 

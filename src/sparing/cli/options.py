@@ -1,13 +1,20 @@
-"""Options that several commands share."""
+"""Options that several commands share, and what they have to say."""
 
 from __future__ import annotations
 
 import functools
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from sparing.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from sparing.tasks import Task
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -46,3 +53,34 @@ def chat_option(command: Command) -> Command:
         return command(spec=replace(spec, chat=chat), **others)
 
     return click.option("--chat/--no-chat", default=False, help="Ask in the tokenizer's chat template.")(with_chat)  # type: ignore[return-value]
+
+
+def command_line() -> str:
+    """The command that is running, as it could be typed again."""
+    return shlex.join(["sparing", *sys.argv[1:]])
+
+
+def whole_numbers(what: str, text: str) -> list[int]:
+    """Comma-separated."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InvalidInputError(what, text, "whole numbers, comma-separated") from None
+
+
+def count_or_share(what: str, text: str) -> int | float:
+    """ "8" or "0.1"."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise InvalidInputError(what, text, "a whole number, or a share in (0, 1]") from None
+
+
+def split_tasks(text: str, chat: bool) -> list[tuple[str, Task]]:
+    """Tasks by name or file, comma-separated, each beside its text; see `tasks.named`."""
+    from sparing import tasks
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise InvalidInputError("tasks", text, "at least one of " + ", ".join(tasks.names()))
+    return [(part, tasks.named(part, chat)) for part in parts]

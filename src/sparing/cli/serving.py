@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from sparing.cli.options import model_options
-from sparing.cli.recipes import RECIPE, recipe_of
+from sparing.cli.recipes import RECIPE, model_and_method, recipe_of
 from sparing.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from sparing.core.method import Method
-    from sparing.loading import LoadedModel, ModelSpec
+    from sparing.loading import ModelSpec
 
 TOKEN_VARIABLE = "SPARING_API_KEY"
 
@@ -51,30 +50,14 @@ def serve(
         parse_bytes(max_request_bytes, "max_request_bytes"), _token(token_env),
     )  # fmt: skip
     by = parse_ranker(ranker)
-    recipe = recipe_of(click.get_current_context(), recipe_file)
+    recipe = recipe_of(recipe_file)
     with bind(settings) as bound:  # before minutes go into loading
-        if recipe is None:
-            loaded, method = _model_and_method(spec, method_text, keep_text)
-        else:
-            loaded, method = recipe.load_model(), recipe.method
+        loaded, method = model_and_method(spec, method_text, keep_text, recipe)
         what = f"{loaded.name} with {method.label}, keep {method.keep}"
         run(
             loaded, method, settings, bound, lambda: click.echo(f"serving {what} at {url_of(bound)} (Ctrl-C stops)"), by
         )
     click.echo("stopped")
-
-
-def _model_and_method(spec: ModelSpec, method_text: str, keep_text: str) -> tuple[LoadedModel, Method]:
-    """What the options say."""
-    from sparing.core.budget import parse_keep
-    from sparing.core.parsing import parse_method
-    from sparing.loading import Drafts
-
-    drafts = Drafts(spec)
-    method = parse_method(method_text, parse_keep(keep_text), drafts)
-    loaded = spec.load()
-    drafts.check(loaded)
-    return loaded, method
 
 
 def _token(variable: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,8 +10,10 @@ from typing import Literal
 from sparing.compare.engine import FULL
 from sparing.core.budget import Keep
 from sparing.core.method import Method
+from sparing.errors import InvalidInputError
 from sparing.tasks import Task
 
+Shares = list[list[float] | None]
 Mode = Literal["query-agnostic", "query-aware"]
 MODES: tuple[Mode, ...] = ("query-agnostic", "query-aware")
 
@@ -89,18 +92,17 @@ class Observation:
     decode_seconds: float = 0.0
     decode_steps: int = 0
     peak: int = 0
-    shares: list[list[float] | None] = field(default_factory=list)
+    shares: Shares = field(default_factory=list)
     read: list[float] = field(default_factory=list)
     density: list[float] = field(default_factory=list)
 
-    @property
-    def seconds(self) -> float:
-        """Time that it took, without what others took on the same context."""
-        return sum(self.prefill) + self.decode_seconds
-
 
 def cells_of(tasks: Sequence[Task], modes: Sequence[Mode], lengths: Sequence[int], samples: int) -> list[Cell]:
-    """Every task in every mode at every length, with its first `samples` contexts, or as many as it has."""
+    """Every task in every mode at every length, with its first `samples` contexts, or as many as it has.
+
+    Raises:
+        InvalidInputError: no length, and no task that has its own.
+    """
     found = []
     for mode in modes:
         for task in tasks:
@@ -108,4 +110,24 @@ def cells_of(tasks: Sequence[Task], modes: Sequence[Mode], lengths: Sequence[int
             own: Sequence[int | None] = [None] if task.num_samples is not None else lengths
             count = samples if task.num_samples is None else min(samples, task.num_samples)
             found += [Cell(task, mode, length, tuple(range(count))) for length in own]
+    if not found:
+        raise InvalidInputError("lengths", lengths, "at least one number of tokens")
     return found
+
+
+def shown(cells: Sequence[Cell]) -> tuple[int, int] | None:
+    """The context that examples are of: the first one of the first query-agnostic cell with answers in words."""
+    for number, cell in enumerate(cells):
+        if cell.task.kind == "generation" and cell.mode == "query-agnostic":
+            return number, cell.contexts[0]
+    return None
+
+
+def mean_shares(shares: Sequence[Shares]) -> Shares:
+    """[layer][kv_head] share of seen tokens kept: the mean of several, but for those that are empty."""
+    return [
+        None
+        if layers[0] is None
+        else [round(statistics.mean(heads), 4) for heads in zip(*(layer or [] for layer in layers), strict=True)]
+        for layers in zip(*filter(None, shares), strict=True)
+    ]

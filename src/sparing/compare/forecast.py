@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparing.compare.cells import Contestant
+from sparing.compare.cells import GATE, Contestant, shown
 from sparing.compare.observer import Observer
 from sparing.scale.plan import Forecast, simulate
 
@@ -41,13 +40,10 @@ def look_ahead(observer: Observer, contestants: Sequence[Contestant]) -> Outlook
     Raises:
         SparingError: see `Observer.observe`.
     """
-    began = time.perf_counter()
     observer.introduce(contestants)
-    ready = time.perf_counter() - began
-    left = {
-        number: [i for i in cell.contexts if any(not observer.has(c, number, i) for c in contestants)]
-        for number, cell in enumerate(observer.cells)
-    }
-    observer.observe((number, contexts[0], contestants) for number, contexts in left.items() if contexts)
-    taken = {job.cell: seconds for job, seconds in observer.seconds.items()}
-    return Outlook([taken[number] for number, contexts in left.items() for _ in contexts[1:]], ready)
+    everybody = [GATE, *contestants]
+    left = observer.left(everybody)
+    wanted = ((number, contexts[0], everybody) for number, contexts in enumerate(left) if contexts)
+    observer.observe(wanted, shown(observer.cells))
+    seconds = [observer.seconds[number] for number, contexts in enumerate(left) for _ in contexts[1:]]
+    return Outlook(seconds, observer.ready)

@@ -7,6 +7,7 @@ goes on at the first context that is missing, whoever asks for it next.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +15,14 @@ from types import TracebackType
 from typing import cast
 
 from sparing.compare.cells import GATE, Cell, Contestant, Observation
-from sparing.compare.example import Example
-from sparing.compare.store import ResultStore, row_key
+from sparing.compare.store import ResultStore, Row, row_key
 from sparing.compare.worker import ContextWorker, Done, Facts, Introduction, Job
 from sparing.errors import MethodRefusedError
 from sparing.loading import ModelSpec
 from sparing.scale.pool import Cluster, Pool
 
 FOLDER = "contexts"
+EXAMPLES = "examples.json"
 Wanted = tuple[int, int, Sequence[Contestant]]
 
 
@@ -30,14 +31,13 @@ class Observer:
 
     Args:
         spec: the model. cells: what is read. seed: of the tasks.
-        folder: observations are kept in its folder `contexts`.
+        folder: observations are kept in its folder `contexts`, and the example in its `examples.json`.
         cluster: where the work is done; by default in this process.
         progress: called with each cell when one of its contexts is done.
 
     Attributes:
-        facts: what a worker says of its model; None before anybody was introduced.
-        example: what was kept of the context that was to be shown.
-        seconds: that each job took which was done now.
+        ready: seconds until the first contestants were introduced: a worker had loaded the model and met them.
+        seconds: of each cell, that the context took which was read last.
     """
 
     def __init__(
@@ -50,14 +50,15 @@ class Observer:
         progress: Callable[[Cell], None] = lambda cell: None,
     ) -> None:
         self.spec, self.cells, self.seed, self.progress = spec, list(cells), seed, progress
-        self.facts: Facts | None = None
+        self.ready = 0.0
+        self.seconds: dict[int, float] = {}
+        self._facts: Facts | None = None
         self._parameters: dict[Contestant, str] = {}
-        self.example: Example | None = None
-        self.seconds: dict[Job, float] = {}
+        self._refused: dict[Contestant, MethodRefusedError] = {}
         self._pool: Pool[Job | Introduction, Done | Facts] = Pool(
             functools.partial(ContextWorker, spec, tuple(cells), seed), cluster
         )
-        self._folder = folder / FOLDER
+        self._folder = folder
         self._store: ResultStore | None = None
         self._known: dict[str, Observation] = {}
 
@@ -72,27 +73,33 @@ class Observer:
             self._store.close()
 
     @property
-    def size(self) -> int:
-        """How many contexts are read at a time."""
-        return self._pool.size
+    def facts(self) -> Facts:
+        """What a worker says of its model. Somebody must have been introduced."""
+        assert self._facts is not None, "nobody was introduced"
+        return self._facts
 
     def introduce(self, contestants: Iterable[Contestant]) -> dict[Contestant, MethodRefusedError]:
-        """Have a worker meet contestants: those that can't work on the model, and why.
+        """Have a worker meet contestants, each once: those that can't work on the model, and why.
 
         Nothing is written before the first time that this has gone well.
 
         Raises:
             SparingError: the model can't be loaded, a contestant's text is no method, or the folder can't be written.
         """
-        new = (GATE, *contestants)
-        ((_, facts),) = self._pool.run([Introduction(new)])
-        self.facts = cast(Facts, facts)
-        self._parameters.update(zip(new, self.facts.parameters, strict=True))
+        everybody = tuple(dict.fromkeys((GATE, *contestants)))
+        new = tuple(each for each in everybody if each not in self._parameters)
+        if new:
+            began = time.perf_counter()
+            ((_, facts),) = self._pool.run([Introduction(new)])
+            self._facts = cast(Facts, facts)
+            self._parameters.update(zip(new, self._facts.parameters, strict=True))
+            refused = zip(new, self._facts.refused, strict=True)
+            self._refused.update((contestant, error) for contestant, error in refused if error is not None)
+            self.ready = self.ready or time.perf_counter() - began
         if self._store is None:
-            self._store = ResultStore(self._folder)
+            self._store = ResultStore(self._folder / FOLDER)
             self._known = {row["key"]: Observation(**row["observation"]) for row in self._store.rows()}
-        refused = zip(new, self.facts.refused, strict=True)
-        return {contestant: error for contestant, error in refused if error is not None}
+        return {each: self._refused[each] for each in everybody if each in self._refused}
 
     def parameters(self, contestant: Contestant) -> str:
         """A contestant's method with all its values, as text. It must have been introduced."""
@@ -106,18 +113,20 @@ class Observer:
             show: of which context, as (cell, context), to keep an example.
 
         Raises:
-            SparingError: a task does not fit the model, or a method refuses it; what was done before is kept.
+            SparingError: a task does not fit the model, a method refuses it, or the folder can't be written; what was
+                done before is kept.
         """
         assert self._store is not None, "nobody was introduced"
         for job, done in self._pool.run(self._jobs(wanted, show)):
             job, done = cast(Job, job), cast(Done, done)
             for contestant, observation in zip(job.readers, done.observations, strict=True):
-                key = self._key(contestant, job.cell, job.index)
+                key = self.key(contestant, job.cell, context=job.index)
                 if key not in self._known:
                     self._store.append({"key": key, "observation": asdict(observation)})
                     self._known[key] = observation
-            self.example = done.example or self.example
-            self.seconds[job] = done.seconds
+            if done.example is not None:
+                done.example.save(self._folder / EXAMPLES)
+            self.seconds[job.cell] = done.seconds
             self.progress(self.cells[job.cell])
 
     def _jobs(self, wanted: Iterable[Wanted], show: tuple[int, int] | None) -> Iterable[Job]:
@@ -126,26 +135,34 @@ class Observer:
             if missing:
                 yield Job(cell, index, missing, (cell, index) == show)
 
+    def left(self, contestants: Sequence[Contestant]) -> list[list[int]]:
+        """Of each cell, the contexts that not all of these contestants have read."""
+        return [
+            [index for index in cell.contexts if not all(self.has(c, number, index) for c in contestants)]
+            for number, cell in enumerate(self.cells)
+        ]
+
     def has(self, contestant: Contestant, cell: int, index: int) -> bool:
         """True if that was observed."""
-        return self._key(contestant, cell, index) in self._known
+        return self.key(contestant, cell, context=index) in self._known
 
     def get(self, contestant: Contestant, cell: int, index: int) -> Observation:
         """What was observed."""
-        return self._known[self._key(contestant, cell, index)]
+        return self._known[self.key(contestant, cell, context=index)]
 
-    def _key(self, contestant: Contestant, number: int, index: int) -> str:
-        assert self.facts is not None, "nobody was introduced"
+    def key(self, contestant: Contestant, cell: int, **contexts: object) -> str:
+        """The hash of what makes an observation or a row what it is; `contexts`: of which contexts of the cell."""
+        return row_key(self.identity(contestant, cell) | {"method": self.parameters(contestant)} | contexts)
+
+    def identity(self, contestant: Contestant, number: int) -> Row:
+        """Who on what, as rows say it."""
         cell = self.cells[number]
-        return row_key(
-            {
-                "model": self.spec.name,
-                "fingerprint": self.facts.fingerprint,
-                "method": self.parameters(contestant),
-                "task": cell.task.label,
-                "mode": cell.mode,
-                "length": cell.length,
-                "context": index,
-                "seed": self.seed,
-            }
-        )
+        return {
+            "model": self.spec.name,
+            "fingerprint": self.facts.fingerprint,
+            "method": contestant.name,
+            "task": cell.task.label,
+            "mode": cell.mode,
+            "length": cell.length,
+            "seed": self.seed,
+        }

@@ -99,6 +99,20 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
     write_text_atomic(path, text + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json_atomic` wrote; None if there is no file.
+
+    Raises:
+        InputFileError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputFileError(path, f"cannot be read ({error})", "delete it and run the command again") from error
+
+
 class ResultStore:
     """The one writer of an output folder.
 

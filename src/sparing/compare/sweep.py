@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from sparing.compare.cells import GATE, Cell, Contestant, Observation
+from sparing.compare.cells import GATE, Cell, Contestant, Observation, mean_shares, shown
 from sparing.compare.observer import Observer
-from sparing.compare.store import ResultStore, Row, row_key
+from sparing.compare.store import ResultStore, Row
 from sparing.tasks import bootstrap, context_means, wilson
 
 
@@ -33,7 +33,7 @@ class Sweep:
         """The numbers of the cells of which a row is missing."""
         done = self.store.done()
         cells = range(len(self.observer.cells))
-        return [n for n in cells if any(self._key(c, n) not in done for c in self.contestants)]
+        return [n for n in cells if any(self.key(c, n) not in done for c in self.contestants)]
 
     def run(self) -> None:
         """Run all cells whose rows are not all there.
@@ -41,60 +41,32 @@ class Sweep:
         Raises:
             SparingError: a task does not fit the model, or a method refuses it; what was done before stays.
         """
-        shown = self._shown()
+        done = self.store.done()
         for number in self.missing():
             contexts = self.observer.cells[number].contexts
-            self.observer.observe(((number, index, self.contestants) for index in contexts), shown)
+            self.observer.observe(((number, index, self.contestants) for index in contexts), shown(self.observer.cells))
             for row in self.rows(number):
-                if row["key"] not in self.store.done():
+                if row["key"] not in done:
                     self.store.append(row)
+                    done.add(row["key"])  # two texts may mean one method
 
     def rows(self, number: int) -> list[Row]:
         """The rows of a cell, all of whose contexts have been read."""
         cell = self.observer.cells[number]
         seen = {c: [self.observer.get(c, number, index) for index in cell.contexts] for c in self.contestants}
-        return [
-            {"key": self._key(c, number), **self._facts(c, cell), **measured(cell, seen[c], seen[GATE])} for c in seen
-        ]
+        return [self._facts(c, number) | measured(cell, seen[c], seen[GATE]) for c in seen]
 
-    def _shown(self) -> tuple[int, int] | None:
-        """The context that examples are of: the first one of the first query-agnostic cell with answers in words."""
-        for number, cell in enumerate(self.observer.cells):
-            if cell.task.kind == "generation" and cell.mode == "query-agnostic":
-                return number, cell.contexts[0]
-        return None
+    def key(self, contestant: Contestant, number: int) -> str:
+        """Of the row of a contestant on a cell."""
+        return self.observer.key(contestant, number, contexts=self.observer.cells[number].contexts)
 
-    def _key(self, contestant: Contestant, number: int) -> str:
-        """The hash of what makes a row what it is."""
-        observer, cell = self.observer, self.observer.cells[number]
-        assert observer.facts is not None, "nobody was introduced"
-        return row_key(
-            {
-                "model": observer.spec.name,
-                "fingerprint": observer.facts.fingerprint,
-                "method": observer.parameters(contestant),
-                "task": cell.task.label,
-                "mode": cell.mode,
-                "length": cell.length,
-                "contexts": cell.contexts,
-                "seed": observer.seed,
-            }
-        )
-
-    def _facts(self, contestant: Contestant, cell: Cell) -> Row:
-        observer = self.observer
-        assert observer.facts is not None, "nobody was introduced"
+    def _facts(self, contestant: Contestant, number: int) -> Row:
         return {
-            "model": observer.spec.name,
-            "fingerprint": observer.facts.fingerprint,
-            "method": contestant.name,
-            "parameters": observer.parameters(contestant),
+            "key": self.key(contestant, number),
+            **self.observer.identity(contestant, number),
+            "parameters": self.observer.parameters(contestant),
             "keep": contestant.keep,
             "keep_label": contestant.keep_label,
-            "task": cell.task.label,
-            "mode": cell.mode,
-            "length": cell.length,
-            "seed": observer.seed,
         }
 
 
@@ -119,7 +91,7 @@ def measured(cell: Cell, mine: Sequence[Observation], full: Sequence[Observation
         "prefill_s": statistics.median(_all(mine, "prefill")),
         "decode_s_per_token": sum(seen.decode_seconds for seen in mine) / steps if steps else None,
         "peak_rss_bytes": max(seen.peak for seen in mine) or None,
-        "kept_share": _mean_shares([seen.shares for seen in mine]),
+        "kept_share": mean_shares([seen.shares for seen in mine]),
         "worse_than_full": _worse(scores, [seen.scores for seen in full]),
         "warning": None,
     }
@@ -128,17 +100,6 @@ def measured(cell: Cell, mine: Sequence[Observation], full: Sequence[Observation
 def _all(observations: Sequence[Observation], name: str) -> list[float]:
     """The values of all contexts in one list."""
     return [value for seen in observations for value in getattr(seen, name)]
-
-
-def _mean_shares(shares: Sequence[list[list[float] | None]]) -> list[list[float] | None]:
-    """[layer][kv_head] share of seen tokens kept, mean over contexts; None for layers that are not compressed."""
-    made = [each for each in shares if each]
-    return [
-        None
-        if layers[0] is None
-        else [round(statistics.mean(heads), 4) for heads in zip(*(layer or [] for layer in layers), strict=True)]
-        for layers in zip(*made, strict=True)
-    ]
 
 
 def _worse(scores: Sequence[Sequence[float]], full: Sequence[Sequence[float]]) -> int:

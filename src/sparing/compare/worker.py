@@ -9,13 +9,13 @@ one compressed context. In mode "query-aware" the question is part of the prompt
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from sparing.compare.cells import GATE, Cell, Contestant, Mode, Observation
+from sparing.compare.cells import GATE, Cell, Contestant, Mode, Observation, Shares, mean_shares
 from sparing.compare.engine import FULL, Compressed, Engine, Reading
 from sparing.compare.environment import environment, peak_memory_bytes, reset_peak_memory
 from sparing.compare.example import Example
@@ -70,7 +70,7 @@ class Facts:
     """What a worker says of its model.
 
     Attributes:
-        fingerprint, description, max_length: see `LoadedModel`. element_bits: of a number in its own cache.
+        fingerprint, description: see `LoadedModel`. element_bits: of a number in its own cache.
         parameters: of each contestant in its order, its method with all its values.
         refused: why those that can't work here can't; None for the others.
         environment: versions and hardware of the worker.
@@ -78,7 +78,6 @@ class Facts:
 
     fingerprint: str
     description: str
-    max_length: int | None
     element_bits: int
     parameters: list[str]
     refused: list[MethodRefusedError | None]
@@ -136,9 +135,11 @@ class ContextWorker:
                     refused.append(None)
         model, parameters = self.loaded, [repr(self._made[contestant]) for contestant in item.contestants]
         bits = 8 * model.model.dtype.itemsize
-        return Facts(
-            model.fingerprint, model.description, model.max_length, bits, parameters, refused, environment()
-        )  # fmt: skip
+        return Facts(model.fingerprint, model.description, bits, parameters, refused, self._environment)
+
+    @cached_property
+    def _environment(self) -> dict[str, Any]:
+        return environment()
 
     def _run(self, job: Job) -> Done:
         began = time.perf_counter()
@@ -146,7 +147,7 @@ class ContextWorker:
         sample = cell.task.sample(self.loaded.tokenizer, self._length(cell), self.seed, job.index)
         self._check_fits(sample)
         notes = {contestant: _Notes() for contestant in job.readers}
-        example = Example.of(cell, sample, self.loaded.tokenizer) if job.example else None
+        example = Example.of(cell, sample, self.loaded) if job.example else None
         full: dict[int, str] = {}
         with use(self.loaded.model, FULL) as session:
             engine = Engine(self.loaded, session)
@@ -219,7 +220,7 @@ class _Notes:
 
     def observation(self, layers: int) -> Observation:
         """All of it."""
-        return replace(self.observed, shares=_mean_shares(self.plans, layers))
+        return replace(self.observed, shares=mean_shares([_shares(plan, layers) for plan in self.plans]))
 
 
 def _ask(
@@ -254,14 +255,7 @@ def _prompts(mode: Mode, sample: Sample) -> Iterator[tuple[list[int], list[tuple
         yield [*sample.context_ids, *question.token_ids], [(number, question)]
 
 
-def _mean_shares(plans: Sequence[Plan], layers: int) -> list[list[float] | None]:
-    """[layer][kv_head] share of seen tokens kept, mean over prompts; None for layers that are not compressed."""
-    if not plans:
-        return []
-    kept: Mapping[int, list[list[float]]] = {
-        layer.layer: [plan.layers[number].share() for plan in plans] for number, layer in enumerate(plans[0].layers)
-    }
-    return [
-        [round(statistics.mean(heads), 4) for heads in zip(*kept[layer], strict=True)] if layer in kept else None
-        for layer in range(layers)
-    ]
+def _shares(plan: Plan, layers: int) -> Shares:
+    """[layer][kv_head] share of seen tokens kept; None for layers that are not compressed."""
+    kept = {layer.layer: layer.share() for layer in plan.layers}
+    return [kept.get(layer) for layer in range(layers)]
