@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from sparing.cli.progress import ProgressBar
 from sparing.loading import ModelSpec
 from sparing.tasks import get
 
@@ -39,6 +40,7 @@ def test_a_recipe_and_a_page_are_written_and_said(tuned):
     out, done = tuned
     recipe = json.loads((out / "recipe.json").read_text())
     assert recipe["text"].startswith("kvzip"), "the others lose needles"
+    assert recipe["environment"]["command"].startswith("sparing tune --tasks")
     assert recipe["request"] == {"memory": 0.6, "max_loss": 0.1}
     assert recipe["expected"]["bytes_share"] <= 0.6
     assert recipe["work"]["cells"][0]["contexts"] == [4, 5, 6, 7], "the half that nothing was chosen by"
@@ -64,6 +66,42 @@ def test_numbers_that_do_not_hold_are_said(tuned, sparing, tmp_path):
     done = sparing("compare", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "out")
     assert done.code == 1
     assert "needle_single: score is 1, the recipe says 0.123" in done.err
+
+
+def test_rows_of_other_runs_in_the_folder_are_not_the_recipes(tuned, sparing, tmp_path):
+    """The same method on the same task, but on other contexts."""
+    recipe = tuned[0] / "recipe.json"
+    assert sparing("compare", "--recipe", recipe, "--out", tmp_path).code == 0
+    assert json.loads((tmp_path / "run.json").read_text())["samples"] == 4
+    results = tmp_path / "results.jsonl"
+    mine = json.loads(results.read_text().splitlines()[-1])
+    assert mine["method"] != "full"
+    with results.open("a") as rows:
+        rows.write(json.dumps(mine | {"key": "0" * 16, "score": 0.123}) + "\n")
+    done = sparing("compare", "--recipe", recipe, "--out", tmp_path)
+    assert (done.code, "the recipe's numbers hold" in done.out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"parameters": "KVzip(keep=0.9)"}, "means another method in this version"),
+        ({"fingerprint": "0" * 12}, "another model than bundled is now"),
+        ({"artifacts": {"gone.safetensors": "0"}}, "the recipe needs it beside it"),
+        ({"work": {}}, "does not say its work (KeyError('cells'))"),
+        ({"work": {"cells": [{"task": "needle_single"}], "seed": 0}}, "does not say its work (KeyError('label'))"),
+        ({"work": {"cells": [], "seed": 0}}, "measured on nothing"),
+        ({"expected": {}}, "does not say its work"),
+        ({"expected": {"cells": []}}, "does not say its work"),
+    ],
+)
+def test_a_recipe_that_is_no_longer_so_is_refused_before_anything_is_read(values, said, tuned, sparing, tmp_path):
+    recipe = json.loads((tuned[0] / "recipe.json").read_text())
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | values))
+    done = sparing("compare", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert said in done.errors[0]
+    assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_generate_runs_the_recipe(tuned, sparing, mine, tmp_path):
@@ -132,6 +170,7 @@ def test_nothing_meets_the_request(sparing, tmp_path):
         (["--bytes", "much"], "64MiB"),
         (["--memory", "0.5", "--methods", "snapvk"], "did you mean snapkv"),
         (["--memory", "0.5", "--lengths", "a"], "whole numbers"),
+        (["--memory", "0.5", "--lengths", ","], "at least one number of tokens"),
         (["--memory", "0.5", "--workers", "2"], "nothing without --ray"),
     ],
 )
@@ -149,3 +188,13 @@ def test_a_plan_says_what_a_sweep_takes_and_keeps_what_it_read(sparing, tmp_path
     assert not (tmp_path / "report.html").exists()
     refused = sparing("compare", *words, "--price", "2", "--out", tmp_path)
     assert (refused.code, "nothing without --plan" in refused.err) == (2, True)
+
+
+def test_the_bar_of_a_comparison_that_goes_on_fills(sparing, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(ProgressBar, "__call__", lambda self, *words: told.append(words))
+    words = ["--methods", "knorm", "--keep", "0.5", "--tasks", "needle_single", "--lengths", "128", "--samples", "3"]
+    assert sparing("compare", *words, "--plan", "--out", tmp_path).code == 0
+    assert sparing("compare", *words, "--out", tmp_path).code == 0
+    assert [(done, total) for done, total, _ in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert "Which tokens survive" in (tmp_path / "report.html").read_text(), "of what the plan has read"

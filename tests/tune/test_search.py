@@ -6,14 +6,16 @@ from collections import Counter
 
 import pytest
 
-from sparing.compare.cells import GATE, Contestant
-from sparing.errors import InvalidInputError
+from sparing.compare.cells import GATE, Cell, Contestant
+from sparing.errors import InvalidInputError, MethodRefusedError
 from sparing.loading import ModelSpec
-from sparing.tasks import registry
+from sparing.tasks import Interval, registry
 from sparing.tune import tuner
 from sparing.tune.page import pareto, render_tuning
 from sparing.tune.request import Request
-from sparing.tune.space import OWN, Space, default_methods, with_field
+from sparing.tune.search import Search
+from sparing.tune.space import DENSE, OWN, PREFILLS, Space, default_methods, with_field
+from sparing.tune.standing import Standing
 from sparing.tune.words import verdict
 from tests.tune.planted import FULL_BYTES, PlantedObserver, share_of
 
@@ -32,6 +34,24 @@ def tune_planted(monkeypatch, tmp_path):
 
     yield run
     monkeypatch.setattr(PlantedObserver, "full_score", 1.0)
+
+
+@pytest.fixture(name="searching")
+def search_planted(tmp_path):
+    """A search on its way, with eighteen contexts of one cell."""
+
+    def make(request, methods):
+        cells = [Cell(TASKS[0][1], "query-agnostic", 64, tuple(range(18)))]
+        observer = PlantedObserver(ModelSpec(), cells, 0, tmp_path)
+        space = Space(methods, request, 16, FULL_BYTES)
+        return Search(observer, request, space, {0: cells[0].contexts}, 1, 0, lambda *told: None)
+
+    return make
+
+
+def standing_of(contestant, loss):
+    interval = Interval(loss, loss, loss, 18)
+    return Standing(contestant, interval, (loss, "task"), 1 - loss, 1.0, 0.1, 100, 0.01, 1.0, [])
 
 
 def test_the_planted_best_is_found_and_is_small(tuned):
@@ -89,6 +109,41 @@ def test_nobody_who_was_refused_reads(tuned):
     assert not any(contestant.name.startswith("tova") for contestant, _, _ in PlantedObserver.made.reads)
 
 
+def test_who_was_refused_is_said_once(tuned):
+    outcome = tuned(Request(max_loss=0.02))
+    assert [str(error) for error in outcome.refused if error.method == "tova"] == ["tova: is refused here"]
+    assert verdict(outcome).count("Left out: tova: is refused here.") == 1
+    assert "Left out: tova: is refused here." in render_tuning(outcome, "sparing tune", {})
+
+
+def test_methods_that_are_all_refused_are_an_error(tuned):
+    with pytest.raises(MethodRefusedError, match="tova: is refused here"):
+        tuned(Request(max_loss=0.02), methods=["tova"])
+
+
+def test_larger_sizes_are_tried_of_the_methods_that_lose_least(searching):
+    """The best size of a text counts: kvzip was also tried at a size at which it loses most of all."""
+    search = searching(Request(memory=0.01, max_loss=0.01), METHODS)
+    tried = [("kvzip", 0.1, 0.1), ("kvzip", 0.01, 0.9), ("snapkv", 0.1, 0.2), ("snapkv+global", 0.1, 0.3),
+             ("knorm", 0.1, 0.4)]  # fmt: skip
+    search.finished = [standing_of(Contestant(name, keep), loss) for name, keep, loss in tried]
+    search.relax()
+    read = {contestant.name for contestant, _, _ in PlantedObserver.made.reads}
+    assert read == {"full", "kvzip", "snapkv", "snapkv+global"}
+    assert Contestant("kvzip", 0.8) in [each.contestant for each in search.finished]
+
+
+def test_proposals_that_become_one_candidate_get_its_value_and_it_is_read_once(searching):
+    search = searching(Request(memory=0.1), ["kvzip"])
+    twice = [Contestant("kvzip", 0.2), Contestant("kvzip", 0.3)]
+    values = search.generation(twice)
+    made = Contestant("kvzip", 0.098)
+    assert values == dict.fromkeys(twice, search.value(search.finished[0]))
+    assert [each.contestant for each in search.finished] == [made]
+    assert search.generation([Contestant("kvzip", 0.25)]) == {Contestant("kvzip", 0.25): values[twice[0]]}
+    assert [each.contestant for each in search.finished] == [made], "known already"
+
+
 def test_nothing_meets_the_request_and_what_would_is_said(tuned):
     outcome = tuned(Request(memory=0.1, max_loss=0.01), methods=["snapkv"])
     assert outcome.recipe is None
@@ -105,7 +160,8 @@ def test_a_full_cache_that_meets_the_request_alone_is_said(tuned):
     outcome = tuned(Request(first_token=0.6, max_loss=0.01), methods=["knorm"])
     assert outcome.recipe is None
     assert verdict(outcome)[0].startswith("Run the model as it is")
-    assert not any(each.contestant.keep == 1.0 and "&" not in each.contestant.name for each in outcome.searched)
+    dense = [each.contestant for each in outcome.searched if "&" not in each.contestant.name]
+    assert not any(each.keep == 1.0 and "bits=" not in each.name for each in dense), "the full cache by another name"
 
 
 def test_a_full_cache_that_cannot_do_it_is_said(tuned, monkeypatch):
@@ -172,6 +228,28 @@ def test_what_a_method_takes_is_found_out():
     assert space.bits["snapkv"] == [16, 8, 4]
     assert space.allocators["quest"] == [OWN], "it drops nothing, so nothing is spread"
     assert space.bits["quest"] == [16], "codes can't be read in parts"
+
+
+def test_how_prompts_are_read_is_searched_for_methods_that_leave_it_open():
+    methods = ["snapkv", "xattention", "xattention & snapkv", "spatten"]
+    space = Space(methods, Request(first_token=2.0), 16, FULL_BYTES)
+    assert space.prefills == {"snapkv": list(PREFILLS), **{text: [DENSE] for text in methods[1:]}}
+    assert Space(methods, Request(memory=0.5), 16, FULL_BYTES).prefills["snapkv"] == [DENSE]
+
+
+def test_what_a_method_with_a_draft_takes_is_found_out_without_the_draft():
+    text = "speckv(draft=no/such/model)"
+    space = Space([text], Request(memory=0.5), 16, FULL_BYTES)
+    assert "adaptive" in space.allocators[text]
+    assert space.bits[text] == [16, 8, 4]
+
+
+def test_the_full_cache_by_another_name():
+    for limits, whole, half in (({"memory": 0.5}, 1.0, 0.5), ({"bytes": 10}, "1000000B", "500000B")):
+        space = Space(["snapkv"], Request(**limits), 16, FULL_BYTES)
+        assert space.is_full(Contestant("snapkv", whole))
+        assert not space.is_full(Contestant("snapkv", half))
+        assert not space.is_full(Contestant("snapkv(bits=4)", whole))
 
 
 def test_codes_leave_room_for_more_tokens():

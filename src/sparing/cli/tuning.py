@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sparing.cli.cluster import cluster_options
-from sparing.cli.options import chat_option, model_options
+from sparing.cli.options import chat_option, command_line, model_options, split_tasks, whole_numbers
 
 if TYPE_CHECKING:
     from sparing.loading import ModelSpec
@@ -47,10 +47,9 @@ def tune(
     trials: int, gate: float, seed: int, out: Path, cluster: Cluster,
 ) -> None:  # fmt: skip
     """Find what to run for your model, your work and your limits, and write it down as a recipe."""
-    from sparing.cli.comparing import split_tasks, whole_numbers
     from sparing.cli.progress import ProgressBar
     from sparing.core.budget import parse_bytes
-    from sparing.core.parsing import parse_method, split_methods
+    from sparing.core.parsing import check_method, split_methods
     from sparing.tune import Request
     from sparing.tune import tune as search
     from sparing.tune.request import parse_seconds, parse_share
@@ -63,9 +62,8 @@ def tune(
         given(parse_seconds, first_token), given(parse_share, max_loss),
     )  # fmt: skip
     methods = [] if method_text == "all" else split_methods(method_text)
-    for text in methods:
-        if "draft=" not in text:  # what is no method is said before any model is loaded
-            parse_method(text)
+    for text in methods:  # what is no method is said before any model is loaded
+        check_method(text)
     with ProgressBar("tuning") as told:
         outcome = search(
             spec, split_tasks(task_text, spec.chat), request, out, methods=methods, mode=mode,
@@ -85,14 +83,14 @@ def _write(outcome: Outcome, out: Path) -> None:
 
     run = {}
     if outcome.recipe is not None:
-        outcome.recipe.save(out / "recipe.json")
-        made = outcome.recipe.environment
+        made = {**outcome.recipe.environment, "command": command_line()}
+        replace(outcome.recipe, environment=made).save(out / "recipe.json")
         hardware = ", ".join(made["hardware"][part] for part in ("cpu", "gpu") if made["hardware"][part])
         run = {"Model": outcome.recipe.model.name, "Hardware": hardware}
         run |= {name: str(made[name]) for name in ("sparing", "torch", "transformers", "python")}
     else:
         (out / "recipe.json").unlink(missing_ok=True)
-    write_text_atomic(out / "tune.html", render_tuning(outcome, shlex.join(["sparing", *sys.argv[1:]]), run))
+    write_text_atomic(out / "tune.html", render_tuning(outcome, command_line(), run))
 
 
 def _say(outcome: Outcome, out: Path) -> None:
@@ -101,16 +99,15 @@ def _say(outcome: Outcome, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sparing.tune.words import percent, verdict
+    from sparing.tune.words import milliseconds, percent, verdict
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="on held-out contexts", title_justify="left")
     for heading in ("finalist", "loss", "95 %", "worst", "bytes", "prefill s", "ms/token"):
         table.add_column(heading, justify="left" if heading == "finalist" else "right")
     for _, held in outcome.finalists:
-        token = "–" if held.decode_s is None else f"{1000 * held.decode_s:.3g}"
         interval = f"{percent(held.loss.low)} to {percent(held.loss.high)}"
         table.add_row(held.label, percent(held.loss.mean), interval, percent(held.worst[0]), f"{held.share:.1%}",
-                      f"{held.prefill_s:.3g}", token)  # fmt: skip
+                      f"{held.prefill_s:.3g}", milliseconds(held.decode_s))  # fmt: skip
     console = Console(emoji=False)
     console.print(table)
     for sentence in verdict(outcome):

@@ -9,7 +9,7 @@ from html import escape
 from sparing.compare.html import document, facts
 from sparing.tune.standing import Standing
 from sparing.tune.tuner import Outcome
-from sparing.tune.words import figures, percent, verdict
+from sparing.tune.words import figures, milliseconds, percent, verdict
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760.0, 400.0, 56.0, 20.0, 24.0, 44.0
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)
@@ -146,7 +146,7 @@ def _finalists(outcome: Outcome) -> str:
             f'<span class="ci">{percent(held.loss.low)} to {percent(held.loss.high)}</span></td>'
             f'<td class="n">{percent(searched.loss.mean)}</td><td class="n">{percent(held.worst[0])}</td>'
             f'<td>{escape(held.worst[1])}</td><td class="n">{held.share:.1%}</td>'
-            f'<td class="n">{held.prefill_s:.3g}</td><td class="n">{_milliseconds(held.decode_s)}</td>'
+            f'<td class="n">{held.prefill_s:.3g}</td><td class="n">{milliseconds(held.decode_s)}</td>'
             f"<td>{escape(broken)}</td></tr>"
         )
     heads = ("finalist", "loss, held out", "loss, searched", "worst loss", "on", "bytes", "prefill s", "ms/token", "")
@@ -155,12 +155,11 @@ def _finalists(outcome: Outcome) -> str:
 
 def _candidates(outcome: Outcome) -> str:
     """Every candidate: how far it got, and why not further."""
-    refusals = [(each, reason) for each, reason in outcome.dropped]
     everyone = [(each, "read every context of the search") for each in sorted(outcome.searched, key=lambda e: e.share)]
     rows = [
         f'<tr><th scope="row">{escape(each.label)}</th><td class="n">{each.n}</td>'
         f'<td class="n">{percent(each.loss.mean)}</td><td class="n">{each.share:.1%}</td><td>{escape(reason)}</td></tr>'
-        for each, reason in [*everyone, *refusals]
+        for each, reason in [*everyone, *outcome.dropped]
     ]
     heads = ("candidate", "contexts", "loss", "bytes", "")
     return f"<details><summary>All {len(rows)} candidates</summary>{_table(heads, rows)}</details>"
@@ -169,7 +168,3 @@ def _candidates(outcome: Outcome) -> str:
 def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
     head = "".join(f'<th scope="col">{escape(each)}</th>' for each in heads)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1000 * seconds:.3g}"

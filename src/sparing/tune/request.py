@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from sparing.tune.standing import Standing
 
 NEEDED = "at least one of --memory, --bytes, --latency, --first-token and --max-loss"
+_BROKEN = {
+    "memory": "holds {:.1%} of the bytes, more than {:.1%}",
+    "bytes": "holds {:,} bytes, more than {:,}",
+    "latency": "takes {:.3g} s a token, more than {:.3g}",
+    "first_token": "takes {:.3g} s until the first token, more than {:.3g}",
+    "max_loss": "loses {:.1%}, more than {:.1%}",
+}
 _SECONDS = {"s": 1.0, "ms": 1e-3}
 
 
@@ -51,18 +58,20 @@ class Request:
 
     def broken(self, standing: Standing) -> list[str]:
         """The limits that a candidate breaks as it was measured, as words; empty if it meets the request."""
-        checks = (
-            (self.memory, standing.share, "holds {:.1%} of the bytes, more than {:.1%}"),
-            (self.bytes, standing.bytes_kept, "holds {:,} bytes, more than {:,}"),
-            (self.latency, standing.decode_s, "takes {:.3g} s a token, more than {:.3g}"),
-            (self.first_token, standing.prefill_s, "takes {:.3g} s until the first token, more than {:.3g}"),
-            (self.max_loss, standing.loss.mean, "loses {:.1%}, more than {:.1%}"),
-        )
-        return [
-            text.format(found, limit)
-            for limit, found, text in checks
-            if limit is not None and found is not None and found > limit
-        ]
+        limits = self.limits(standing).items()
+        return [_BROKEN[name].format(found, limit) for name, (limit, found) in limits if found > limit]
+
+    def limits(self, standing: Standing) -> dict[str, tuple[float, float]]:
+        """Each limit by its name, and what a candidate was measured to have of it; none that was not measured."""
+        measured = {
+            "memory": standing.share,
+            "bytes": standing.bytes_kept,
+            "latency": standing.decode_s,
+            "first_token": standing.prefill_s,
+            "max_loss": standing.loss.mean,
+        }
+        limits = {name: (getattr(self, name), found) for name, found in measured.items() if found is not None}
+        return {name: (limit, found) for name, (limit, found) in limits.items() if limit is not None}
 
     def __str__(self) -> str:
         words = {

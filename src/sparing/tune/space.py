@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from sparing.compare.cells import Contestant
 from sparing.core.allocate import ALLOCATORS
 from sparing.core.budget import Keep
 from sparing.core.method import methods
-from sparing.core.parsing import parse_method
+from sparing.core.parsing import check_method
 from sparing.errors import SparingError
 from sparing.tune.request import Request
 
@@ -31,7 +31,7 @@ class Space:
     Attributes:
         methods: as text. request: its limits bound the sizes that are tried.
         element_bits: of a number in the model's own cache. full_bytes: most that a prompt takes in the full cache.
-        allocators, bits: what each method takes; found out by trying.
+        allocators, bits, prefills: what each method takes; found out by trying.
     """
 
     methods: Sequence[str]
@@ -40,11 +40,14 @@ class Space:
     full_bytes: int
     allocators: dict[str, list[str]] = field(init=False, default_factory=dict)
     bits: dict[str, list[int]] = field(init=False, default_factory=dict)
+    prefills: dict[str, list[str]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for text in self.methods:
             self.allocators[text] = [OWN, *(name for name in sorted(ALLOCATORS) if _is_method(f"{text}+{name}"))]
             self.bits[text] = [EXACT, *(bits for bits in (8, 4) if _is_method(with_field(text, f"bits={bits}")))]
+            is_quicker = self.request.first_token is not None and _is_method(f"{PREFILLS[1]} & {text}")
+            self.prefills[text] = list(PREFILLS) if is_quicker else [DENSE]
 
     @property
     def largest(self) -> float:
@@ -58,9 +61,12 @@ class Space:
         return self.largest / 2 if self.request.max_loss is None else min(0.03, self.largest / 2)
 
     def first(self) -> list[dict[str, Any]]:
-        """Parameters of the candidates to begin with: every method as published, as large as it may be."""
-        start = {"bits": EXACT, "size": self.largest, "prefill": DENSE, "allocator": OWN}
-        return [start | {"method": text} for text in self.methods]
+        """What `suggest` is to begin with: every method as published, as large as it may be."""
+        return [
+            {"method": text, "size": self.largest, f"allocator of {text}": OWN, f"bits of {text}": EXACT,
+             "prefill": DENSE}
+            for text in self.methods
+        ]  # fmt: skip
 
     def suggest(self, trial: Any) -> Contestant:
         """The candidate that an Optuna trial asks for."""
@@ -68,22 +74,13 @@ class Space:
         size = trial.suggest_float("size", self.smallest, self.largest, log=True)
         allocator = self._choice(trial, f"allocator of {text}", self.allocators[text])
         bits = self._choice(trial, f"bits of {text}", self.bits[text])
-        prefill, density = DENSE, 1.0
-        if self.request.first_token is not None and "&" not in text:
-            prefill = trial.suggest_categorical("prefill", list(PREFILLS))
-            if prefill != DENSE:
-                density = trial.suggest_float("density", 0.1, 0.5, log=True)
+        prefill = self._choice(trial, "prefill", self.prefills[text])
+        density = 1.0 if prefill == DENSE else trial.suggest_float("density", 0.1, 0.5, log=True)
         return self.candidate(text, size, allocator, bits, prefill, density)
 
     @staticmethod
     def _choice(trial: Any, name: str, choices: list[Any]) -> Any:
         return trial.suggest_categorical(name, choices) if len(choices) > 1 else choices[0]
-
-    def parameters(self, given: dict[str, Any]) -> dict[str, Any]:
-        """What `first` gives, under the names that `suggest` asks for."""
-        text = given["method"]
-        return {"method": text, "size": given["size"], f"allocator of {text}": OWN, f"bits of {text}": EXACT,
-                "prefill": DENSE}  # fmt: skip
 
     def candidate(
         self,
@@ -110,10 +107,9 @@ class Space:
         share = float(keep) if isinstance(keep, float) else float(str(keep).removesuffix("B")) / self.full_bytes
         return Contestant(candidate.name, self._keep(min(1.0, share * factor)))
 
-    @staticmethod
-    def is_full(candidate: Contestant) -> bool:
+    def is_full(self, candidate: Contestant) -> bool:
         """True if it keeps everything as the model itself does: that is the full cache under another name."""
-        return candidate.keep == 1.0 and "bits=" not in candidate.name and "&" not in candidate.name
+        return candidate.keep == self._keep(1.0) and "bits=" not in candidate.name and "&" not in candidate.name
 
     def _keep(self, share: float) -> Keep:
         """The budget as a share; in bytes where the request is, so that longer prompts keep to it too."""
@@ -126,7 +122,7 @@ def default_methods() -> list[str]:
     return [
         info.name
         for info in methods().values()
-        if info.family == "kv_cache" and not (info.needs or info.needs_draft) and info.name != "random"
+        if info.family == "kv_cache" and info.needs_nothing and info.name != "random"
     ]
 
 
@@ -141,9 +137,9 @@ def with_field(text: str, given: str) -> str:
     return "&".join([*before, f"{name.rstrip()}({fields}){allocator}"])
 
 
-def _is_method(text: str, parse: Callable[[str], Any] = parse_method) -> bool:
+def _is_method(text: str) -> bool:
     try:
-        parse(text)
+        check_method(text)
     except SparingError:
         return False
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from sparing.compare.sweep import measured
 from sparing.tasks import Interval, context_means
 from sparing.tune.loss import mean_loss, paired_loss
 
+FINALISTS = 3
 # Number of a cell → the numbers of its contexts.
 Contexts = Mapping[int, Sequence[int]]
 
@@ -82,6 +83,14 @@ def standing(observer: Observer, contestant: Contestant, contexts: Contexts) -> 
         prefill_s=statistics.median(seconds for seen in mine_all for seconds in seen.prefill),
         rows=rows,
     )
+
+
+def best_of_each(standings: Iterable[Standing], value: Callable[[Standing], float]) -> list[Standing]:
+    """The best of each text, of the best `FINALISTS` texts; the least value first."""
+    best: dict[str, Standing] = {}
+    for each in sorted(standings, key=value):
+        best.setdefault(each.contestant.name, each)
+    return list(best.values())[:FINALISTS]
 
 
 def _sum(observations: Sequence[Observation], name: str) -> int:

@@ -8,24 +8,22 @@ meets the request is the one: that is the only choice which the second half take
 from __future__ import annotations
 
 import random
-import shlex
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparing.compare.cells import GATE, Cell, Contestant, Mode
+from sparing.compare.cells import GATE, Cell, Mode, cells_of
 from sparing.compare.observer import Observer
-from sparing.errors import InvalidInputError, require
+from sparing.errors import InvalidInputError, MethodRefusedError, require
 from sparing.loading import ModelSpec
 from sparing.recipe import Recipe
 from sparing.scale.pool import Cluster
 from sparing.tasks import Task
 from sparing.tune.request import Request
-from sparing.tune.search import FINALISTS, Search
+from sparing.tune.search import Search
 from sparing.tune.space import Space, default_methods
-from sparing.tune.standing import Contexts, Standing, standing
+from sparing.tune.standing import Contexts, Standing, best_of_each, standing
 
 # Contexts that each half must have at least, for an interval to say anything.
 LEAST = 2
@@ -41,6 +39,7 @@ class Outcome:
         finalists: (on the contexts that they were chosen by, on those held out), the recommended one first.
         full: the full cache on the contexts of the search.
         searched: all candidates that read every context of the search. dropped: the others, and why.
+        refused: what methods can't work on the model, each reason once.
         left_out: cells whose full cache does not reach the gate, and its score there.
     """
 
@@ -50,6 +49,7 @@ class Outcome:
     full: Standing
     searched: list[Standing]
     dropped: list[tuple[Standing, str]]
+    refused: list[MethodRefusedError]
     left_out: list[tuple[Cell, float]]
 
 
@@ -78,19 +78,18 @@ def tune(
 
     Raises:
         InvalidInputError: too few contexts, or no cell passes the gate. MissingExtraError: Optuna is not installed.
-        SparingError: see `Observer`.
+        MethodRefusedError: none of the methods can work on the model. SparingError: see `Observer`.
     """
     require(samples >= 2 * LEAST, "samples", samples, f"a number of contexts >= {2 * LEAST}")
     require(0 <= gate <= 1, "gate", gate, "a score in [0, 1]")
     require(trials >= 1, "trials", trials, "a number of candidates >= 1")
     texts = {task.label: text for text, task in tasks}
-    cells = [_cell(task, mode, length, samples, seed) for _, task in tasks for length in _lengths(task, lengths)]
+    cells = [_drawn(cell, seed) for cell in cells_of([task for _, task in tasks], [mode], lengths, samples)]
     with Observer(spec, cells, seed, out, cluster) as observer:
         observer.introduce([])
         halves = _halves(cells)
         searched, left_out = _gated(observer, halves[0], gate)
         held_out = {cell: halves[1][cell] for cell in searched}
-        assert observer.facts is not None
         bytes_full = [observer.get(GATE, cell, index).bytes_full for cell in searched for index in searched[cell]]
         full = max(size for sizes in bytes_full for size in sizes)
         space = Space(methods or default_methods(), request, observer.facts.element_bits, full)
@@ -98,28 +97,26 @@ def tune(
         search.run()
         if not any(not request.broken(each) for each in search.finished):
             search.relax()
-        finalists = _held_out(observer, _finalists(search), held_out, request)
+        finalists = _held_out(observer, best_of_each(search.finished, search.value), held_out, request)
         recipe = None
         if finalists and not request.broken(finalists[0][1]):
             recipe = _recipe(observer, finalists[0][1], held_out, request, texts, seed)
         whole = standing(observer, GATE, searched)
-        return Outcome(request, recipe, finalists, whole, _distinct(search.finished), search.dropped, left_out)
+        refused = list({str(error): error for error in search.refused.values()}.values())
+        return Outcome(request, recipe, finalists, whole, search.finished, search.dropped, refused, left_out)
 
 
-def _lengths(task: Task, lengths: Sequence[int]) -> Sequence[int | None]:
-    return [None] if task.num_samples is not None else lengths
-
-
-def _cell(task: Task, mode: Mode, length: int | None, samples: int, seed: int) -> Cell:
+def _drawn(cell: Cell, seed: int) -> Cell:
     """A cell with its contexts in the order in which they are read; those of a file are shuffled, others are random."""
-    count = samples if task.num_samples is None else min(samples, task.num_samples)
+    count, there = len(cell.contexts), cell.task.num_samples
     if count < 2 * LEAST:
         allowed = f"at least {2 * LEAST} contexts, half of which are held out"
-        raise InvalidInputError(f"contexts of {task.label}", count, allowed, "add rows with other contexts")
-    order = list(range(task.num_samples or count))
-    if task.num_samples is not None:
-        random.Random(seed).shuffle(order)
-    return Cell(task, mode, length, tuple(order[:count]))
+        raise InvalidInputError(f"contexts of {cell.task.label}", count, allowed, "add rows with other contexts")
+    if there is None:
+        return cell
+    order = list(range(there))
+    random.Random(seed).shuffle(order)
+    return replace(cell, contexts=tuple(order[:count]))
 
 
 def _halves(cells: Sequence[Cell]) -> tuple[Contexts, Contexts]:
@@ -148,18 +145,6 @@ def _gated(observer: Observer, contexts: Contexts, gate: float) -> tuple[Context
     return counted, [(observer.cells[cell], scores[cell]) for cell in contexts if cell not in counted]
 
 
-def _distinct(standings: Sequence[Standing]) -> list[Standing]:
-    return list({each.contestant: each for each in standings}.values())
-
-
-def _finalists(search: Search) -> list[Standing]:
-    """The best candidates, best first: those that meet the request, of each text the best, then the nearest misses."""
-    best: dict[str, Standing] = {}
-    for each in sorted(search.finished, key=search.value):
-        best.setdefault(each.contestant.name, each)
-    return list(best.values())[:FINALISTS]
-
-
 def _held_out(
     observer: Observer, finalists: Sequence[Standing], held_out: Contexts, request: Request
 ) -> list[tuple[Standing, Standing]]:
@@ -173,8 +158,7 @@ def _held_out(
 def _recipe(
     observer: Observer, best: Standing, held_out: Contexts, request: Request, texts: dict[str, str], seed: int
 ) -> Recipe:
-    assert observer.facts is not None
-    contestant: Contestant = best.contestant
+    contestant = best.contestant
     cells = [
         {"task": texts[observer.cells[n].task.label], "label": observer.cells[n].task.label,
          "mode": observer.cells[n].mode, "length": observer.cells[n].length, "contexts": list(indices)}
@@ -196,7 +180,7 @@ def _recipe(
         work={"cells": cells, "seed": seed},
         request={name: value for name, value in asdict(request).items() if value is not None},
         expected=expected,
-        environment=observer.facts.environment | {"command": shlex.join(["sparing", *sys.argv[1:]])},
+        environment=observer.facts.environment,
     )
 
 

@@ -11,6 +11,7 @@ def verdict(outcome: Outcome) -> list[str]:
     sentences = [_recommended(outcome)] if outcome.recipe is not None else _unmet(outcome)
     for cell, score in outcome.left_out:
         sentences.append(f"{cell.label} was left out: the full cache itself scores {score:.2f} there.")
+    sentences += [f"Left out: {error}." for error in outcome.refused]
     return sentences
 
 
@@ -23,13 +24,18 @@ def figures(each: Standing) -> str:
         f"{each.prefill_s:.3g} s until the first token",
     ]
     if each.decode_s is not None:
-        parts.append(f"{1000 * each.decode_s:.3g} ms a token")
+        parts.append(f"{milliseconds(each.decode_s)} ms a token")
     return ", ".join(parts)
 
 
 def percent(share: float) -> str:
     """ "−1.3 %"."""
     return f"{100 * share:.1f} %".replace("-", "−").replace("−0.0 ", "0.0 ")
+
+
+def milliseconds(seconds: float | None) -> str:
+    """ "26.8"; a dash if that was not measured."""
+    return "–" if seconds is None else f"{1000 * seconds:.3g}"
 
 
 def _recommended(outcome: Outcome) -> str:
@@ -74,4 +80,4 @@ def _unmet(outcome: Outcome) -> list[str]:
 
 def _limits_broken(outcome: Outcome, each: Standing) -> bool:
     """True if a limit other than that of the loss is broken."""
-    return any(not reason.startswith("loses") for reason in outcome.request.broken(each))
+    return any(found > limit for name, (limit, found) in outcome.request.limits(each).items() if name != "max_loss")
