@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from openai import OpenAI
 
 from sparing.adapters.cache import EvictingCache
 from sparing.core.method import Method
+from sparing.core.parsing import parse_method
 from sparing.loading import LoadedModel, ModelSpec
 from sparing.serve.server import Server, bind, url_of
 from sparing.serve.service import Service
@@ -23,6 +24,7 @@ from sparing.serve.worker import Job
 
 FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 QUESTION = "What is the special magic number for {key}? The special magic number for {key} is:"
+LONG: dict[str, Any] = {"model": "bundled", "temperature": 0, "max_tokens": 4000}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ def serving(loaded: LoadedModel, method: Method, **settings: Any) -> Iterator[Li
         bound.close()
     assert not thread.is_alive()
     assert service.worker.is_ending
+
+
+def small(loaded: LoadedModel, **limits: Any) -> AbstractContextManager[Live]:
+    return serving(loaded, parse_method("snapkv", 0.5), **limits)
 
 
 def load() -> LoadedModel:

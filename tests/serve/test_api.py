@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,6 +15,7 @@ from openai import OpenAI
 
 from sparing.compare.engine import Compressed, Engine
 from sparing.core.parsing import parse_method
+from sparing.loading import LoadedModel
 from sparing.serve.routes import completions
 from sparing.session import use
 from sparing.tasks.encoding import Encoder
@@ -291,6 +294,19 @@ def test_models_health_and_metrics(client: OpenAI, live: Live) -> None:
     assert 'sparing_requests_total{route="/v1/completions",status="200"}' in text
     assert 'sparing_request_seconds_count{route="/v1/completions"}' in text
     assert live.metric("sparing_memory_reserved_bytes") == live.metric("sparing_document_bytes")
+
+
+def test_a_folder_is_called_by_its_name_and_not_by_its_place(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (".", "~/my-model", str(folder), "../my-model/"):
+        named = replace(loaded, spec=replace(loaded.spec, name=given))
+        with serving(named, parse_method("snapkv", 0.5)) as other:
+            assert [model.id for model in other.client().models.list()] == ["my-model"]
 
 
 def test_openapi_describes_the_bodies(live: Live) -> None:

@@ -11,12 +11,11 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import openai
 import pytest
-from live import FILLER, QUESTION, Live, caches_alive, load, needle, serving, wait_for
+from live import FILLER, LONG, QUESTION, Live, caches_alive, needle, small, wait_for
 from openai import AsyncOpenAI
 
 from sparing.compare.engine import Engine
@@ -26,17 +25,11 @@ from sparing.serve import worker
 from sparing.serve.events import Piece
 from sparing.serve.runner import Runner
 from sparing.serve.service import Service
-from sparing.serve.worker import Job, Worker
+from sparing.serve.worker import Worker
 from sparing.session import use
 from sparing.tasks.encoding import Encoder
 
 REQUESTS, AT_ONCE = 300, 16
-LONG: dict[str, Any] = {"model": "bundled", "temperature": 0, "max_tokens": 4000}
-
-
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    return load()
 
 
 @pytest.fixture
@@ -145,15 +138,17 @@ def test_tokens_take_turns(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- clients that leave, or do not read -----------------------------------------------------------------------------
 
 
-def raw(live: Live, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
-    """A connection on which a completion was asked for; nothing is read."""
+def raw(
+    live: Live, body: dict[str, Any], path: str = "/v1/completions", receive_buffer: int | None = None
+) -> socket.socket:
+    """A connection on which something was asked for; nothing is read."""
     host, port = live.url.removeprefix("http://").split(":")
     connection = socket.socket()
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connection.connect((host, int(port)))
     text = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
     return connection
 
@@ -187,15 +182,21 @@ def test_a_client_that_leaves_the_queue_is_never_worked_on(live: Live) -> None:
 def test_a_client_that_leaves_while_its_document_is_read(live: Live) -> None:
     count = len(live.service.documents)
     with live.held_up():
-        host, port = live.url.removeprefix("http://").split(":")
-        text = json.dumps({"text": "left alone " + FILLER}).encode()
-        with socket.create_connection((host, int(port))) as connection:
-            head = f"POST /v1/documents HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            connection.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text)
+        with raw(live, {"text": "left alone " + FILLER}, "/v1/documents"):
             wait_for(lambda: live.service.waiting == 1)
         wait_for(lambda: any(job.cancelled for job in live.service._accepted))
     wait_for(lambda: not live.service._accepted)
     assert len(live.service.documents) == count
+
+
+def test_a_deleted_document_is_not_held_by_the_answer_that_goes_on_from_it(live: Live) -> None:
+    before = caches_alive()
+    key = live.post("/v1/documents", json={"text": "deleted " + FILLER}).json()["cache_key"]
+    with raw(live, {**LONG, "prompt": FILLER, "cache_key": key}):
+        wait_for(lambda: caches_alive() == before + 2)
+        live.http.delete(f"/v1/documents/{key}")
+        wait_for(lambda: caches_alive() == before + 1)
+        assert live.metric("sparing_requests_live") == 1
 
 
 def test_a_client_that_does_not_read_holds_nobody_up(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,124 +215,6 @@ def test_a_client_that_does_not_read_holds_nobody_up(live: Live, monkeypatch: py
     assert done.usage.completion_tokens == 3
     wait_for(lambda: live.metric("sparing_requests_live") == 0)
     connection.close()
-
-
-# -- limits ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small(loaded: LoadedModel, **limits: Any) -> Iterator[Live]:
-    with serving(loaded, parse_method("snapkv", 0.5), **limits) as running:
-        yield running
-
-
-def test_a_full_queue_says_when_to_come_back(loaded: LoadedModel) -> None:
-    short: dict[str, Any] = {"model": "bundled", "prompt": FILLER, "max_tokens": 2, "temperature": 0}
-    with small(loaded, max_concurrent=1, max_queue=2) as live, ThreadPoolExecutor(4) as pool:
-        client = live.client()
-        with live.held_up():
-            waiting = [pool.submit(client.completions.create, **short) for _ in range(2)]
-            wait_for(lambda: live.service.waiting == 2)
-            with pytest.raises(openai.RateLimitError) as told:
-                client.completions.create(**short)
-            assert told.value.code == "queue_full"
-            assert int(told.value.response.headers["retry-after"]) >= 1
-            # The official client comes back by itself.
-            patient = pool.submit(live.client(retries=5).completions.create, **short)
-            time.sleep(0.2)
-        assert len({each.result().choices[0].text for each in [*waiting, patient]}) == 1
-
-
-def test_when_to_come_back_follows_the_pace(loaded: LoadedModel) -> None:
-    with small(loaded, max_concurrent=2) as live:
-        service = live.service
-        assert service._retry_after(1) == 1  # nothing is known yet
-        service._seconds = 12.0
-        assert service._retry_after(1) == 12
-        assert service._retry_after(3) == 36
-        assert service._retry_after(100) == 60
-
-
-def test_who_has_to_end_before_memory_is_free(loaded: LoadedModel) -> None:
-    with small(loaded, memory=100) as live:
-        service = live.service
-        for size in (20, 30, 40):
-            job = Job(lambda runner, post: iter(()))
-            service._accepted[job] = None
-            assert service.memory.reserve(job, size)
-        assert [service._ends_until(size) for size in (11, 30, 31, 60, 61, 100)] == [1, 1, 2, 2, 3, 3]
-        service._accepted.clear()
-
-
-def test_memory_is_promised_before_work_begins_and_never_twice(loaded: LoadedModel) -> None:
-    prompt: dict[str, Any] = {"model": "bundled", "prompt": FILLER * 3, "max_tokens": 20, "temperature": 0}
-    with small(loaded) as probe, ThreadPoolExecutor(1) as pool:
-        with probe.held_up():
-            asked = pool.submit(probe.client().completions.create, **prompt)
-            wait_for(lambda: probe.service.waiting == 1)
-            promised = int(probe.metric("sparing_memory_reserved_bytes"))
-        asked.result()
-    with small(loaded, memory=2 * promised, max_queue=10) as live, ThreadPoolExecutor(2) as pool:
-        client = live.client()
-        with live.held_up():
-            waiting = [pool.submit(client.completions.create, **prompt) for _ in range(2)]
-            wait_for(lambda: live.service.waiting == 2)
-            assert live.metric("sparing_memory_reserved_bytes") == 2 * promised
-            with pytest.raises(openai.RateLimitError, match="0 are free") as told:
-                client.completions.create(**prompt)
-            assert told.value.code == "memory_full"
-            assert int(told.value.response.headers["retry-after"]) >= 1
-        assert len({each.result().choices[0].text for each in waiting}) == 1
-        with pytest.raises(openai.APIStatusError, match="more than all") as told_never:
-            client.completions.create(**{**prompt, "prompt": FILLER * 12})
-        assert (told_never.value.status_code, told_never.value.code) == (413, "memory_budget_exceeded")
-        wait_for(lambda: live.metric("sparing_memory_reserved_bytes") == 0)
-
-
-def test_a_promise_shrinks_once_the_prompt_is_compressed(loaded: LoadedModel) -> None:
-    with small(loaded) as live:
-        prompt = FILLER * 12
-        costs = live.service.costs
-        tokens = len(loaded.tokenizer.encode(prompt))
-        before = costs.reading(tokens) + costs.growing(costs.reading(tokens), LONG["max_tokens"])
-        stream = live.client().completions.create(prompt=prompt, stream=True, **LONG)
-        next(iter(stream))
-        # Half of the tokens are dropped, which is far more than what the store adds.
-        assert live.metric("sparing_memory_reserved_bytes") < before - 0.3 * costs.reading(tokens)
-        stream.close()
-
-
-def test_documents_give_way_to_requests_but_not_those_that_are_asked(loaded: LoadedModel) -> None:
-    def made(client: Any, name: str) -> Any:
-        return client.post("/documents", body={"text": f"{name}. {FILLER * 3}"}, cast_to=object)
-
-    with small(loaded) as probe:
-        size = made(probe.client(), "one")["usage"]["sparing"]["bytes_kept"]
-        tokens = len(loaded.tokenizer.encode(f"three. {FILLER * 3}"))
-        reading = probe.service.costs.reading(tokens + 1)
-    with small(loaded, memory=5 * size // 2 + reading) as live, ThreadPoolExecutor(2) as pool:
-        client = live.client()
-        keys = [made(client, name)["cache_key"] for name in ("one", "two", "three", "four")]
-        left = [entry["cache_key"] for entry in live.get("/v1/documents").json()["data"]]
-        assert left == keys[-len(left) :]
-        assert len(left) == 3  # two beside one that is read
-        with pytest.raises(openai.NotFoundError, match="gave way"):
-            client.completions.create(model="bundled", prompt="x", extra_body={"cache_key": keys[0]})
-        # One that is asked for stays, and its answer comes, even if it is deleted while the request waits.
-        options: dict[str, Any] = {"model": "bundled", "prompt": " x", "temperature": 0, "max_tokens": 4}
-        extra = {"cache_key": left[-1]}
-        answer = client.completions.create(**options, extra_body=extra).choices[0].text
-        with live.held_up():
-            asked = pool.submit(client.completions.create, **options, extra_body=extra)
-            wait_for(lambda: live.service.waiting == 1)
-            held = live.metric("sparing_document_bytes")
-            client.delete(f"/documents/{left[-1]}", cast_to=object)
-            assert live.metric("sparing_document_bytes") == held
-        assert asked.result().choices[0].text == answer
-        wait_for(lambda: live.metric("sparing_document_bytes") < held)
-        for entry in live.get("/v1/documents").json()["data"]:
-            client.delete(f"/documents/{entry['cache_key']}", cast_to=object)
-        wait_for(lambda: live.metric("sparing_memory_reserved_bytes") == 0)
 
 
 def test_the_same_document_twice_at_once_is_held_once(live: Live) -> None:

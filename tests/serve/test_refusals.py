@@ -174,6 +174,28 @@ def test_random_bytes_and_random_bodies_never_break_the_server(live: Live) -> No
         live.service.documents.delete(live.service.documents.get(entry["cache_key"]))
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_a_prompt_without_a_token_is_refused_behind_a_document_too(
+    live: Live, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    """There are tokenizers that leave some characters out; this one is told to leave out all."""
+    key = live.post(DOCUMENTS, json={"text": "A text"}).json()["cache_key"]
+    monkeypatch.setattr(live.service.prompts, "rest_of_text", lambda text: [])
+    response = live.post(TEXT, json={**TEXT_BODY, "cache_key": key, "stream": is_stream})
+    assert refused(response, 400, "invalid_value", "max_tokens") == "there is no token in it"
+
+
+def test_our_own_mistakes_are_counted_as_what_they_are(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(status: int) -> float:
+        lines = [line for line in live.get("/metrics").text.splitlines() if f'{TEXT}",status="{status}"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in lines if "requests_total" in line)
+
+    before = counted(500), counted(499)
+    monkeypatch.setattr(live.service, "check_model", lambda name: 1 / 0)
+    refused(live.post(TEXT, json=TEXT_BODY, headers={"Connection": "close"}), 500, "internal_error")
+    assert (counted(500), counted(499)) == (before[0] + 1, before[1])
+
+
 def test_the_client_gets_typed_errors(live: Live) -> None:
     client = live.client()
     with pytest.raises(openai.BadRequestError, match="n is not offered") as told:

@@ -8,6 +8,7 @@ import pytest
 from live import FILLER, Live, load
 
 import sparing
+from sparing.adapters.lens import discover, read_only
 
 QUERY = "What is the special magic number for amber river?"
 TEXTS = [
@@ -53,6 +54,28 @@ def test_answers_beside_rankings_are_what_they_are_alone(live):
         assert [text.result() for text in texts] == alone
         orders = {tuple(each["index"] for each in ranking.result().json()["results"]) for ranking in rankings}
     assert len(orders) == 1
+
+
+def test_the_promise_covers_what_a_ranking_holds(live, monkeypatch):
+    """Of many short documents the numbers are most of the prompt."""
+    held = []
+
+    def noted(cache):
+        bytes_held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        held.append((bytes_held, live.service.memory.reserved - live.service.documents.held))
+        return read_only(cache)
+
+    monkeypatch.setattr("sparing.adapters.lens.read_only", noted)
+    assert ask(live, documents=["x"] * 60).status_code == 200
+    [(bytes_held, promised)] = held
+    assert bytes_held <= promised
+
+
+def test_the_model_is_looked_at_once_for_all_rankings(live, monkeypatch):
+    looked = []
+    monkeypatch.setattr("sparing.adapters.lens.discover", lambda *given: looked.append(1) or discover(*given))
+    assert ask(live).json()["results"] == ask(live).json()["results"]
+    assert len(looked) <= 1
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from fastapi import Depends, Request
 from sparing.serve.service import Service
 
 
-def service_of(request: Request) -> Service:
-    """The server that a request has come to."""
+async def service_of(request: Request) -> Service:
+    """The server that a request has come to. (A plain function would go through a pool of threads.)"""
     service: Service = request.app.state.service
     return service
 

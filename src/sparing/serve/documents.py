@@ -55,6 +55,11 @@ class Documents:
         """Bytes of all documents."""
         return sum(self._memory.of(document) for document in (*self._known.values(), *self._deleted))
 
+    @property
+    def free(self) -> int:
+        """Bytes that are free, or would be if all documents that nobody waits for gave way."""
+        return self._memory.free + sum(map(self._memory.of, self._unused))
+
     def all(self) -> list[Document]:
         """Every document, the one that was used last at the end."""
         return list(self._known.values())
@@ -102,13 +107,16 @@ class Documents:
 
         Nothing is forgotten if that would not be enough.
         """
-        unused = [document for document in self._known.values() if not document.users]
-        if self._memory.free + sum(map(self._memory.of, unused)) < size:
+        if self.free < size:
             return
-        for document in unused:
+        for document in self._unused:
             if self._memory.free >= size:
                 return
             self.delete(document)
+
+    @property
+    def _unused(self) -> list[Document]:
+        return [document for document in self._known.values() if not document.users]
 
     def _drop_unused(self) -> None:
         for document in [each for each in self._deleted if not each.users]:
@@ -128,8 +136,7 @@ def kept_shares(cache: EvictingCache, tokens: int) -> list[float]:
     shares = torch.ones(read)
     if cache.plan is not None:
         heads = [head for layer in cache.plan.layers for head in layer.kept[0]]
-        counts = torch.zeros(read).index_add_(0, torch.cat(heads), torch.ones(sum(map(len, heads))))
-        shares = counts / len(heads)
+        shares = torch.bincount(torch.cat(heads), minlength=read) / len(heads)
     if cache.shortening is not None:
         shares = torch.zeros(tokens).index_copy_(0, cache.shortening.columns[0].cpu(), shares)
     return shares.tolist()

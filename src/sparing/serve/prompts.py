@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
+from sparing.core.ranking_prompt import NUMBER, OPENING, QUERY
 from sparing.serve.refusals import Refusal, invalid
 from sparing.tasks.encoding import Encoder
 
@@ -42,10 +41,14 @@ class Prompts:
         """What follows a document, as it is."""
         return Encoder(self.tokenizer)(text)
 
-    def count(self, texts: Sequence[str]) -> int:
-        """The tokens of all texts."""
-        encoder = Encoder(self.tokenizer)
-        return sum(len(encoder(text)) for text in texts)
+    def ranking(self, query: str, documents: Sequence[str]) -> int:
+        """How many tokens a prompt has in which documents are ranked.
+
+        Raises:
+            Refusal: as `chat`.
+        """
+        bodies = (f"{NUMBER.format(number=number)} {document}" for number, document in enumerate(documents, 1))
+        return len(self.chat([{"role": "user", "content": OPENING + "".join(bodies) + QUERY.format(query=query)}]))
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """A chat, up to where the answer begins.
@@ -87,7 +90,7 @@ class Prompts:
             text: str = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=answer
             )
-        except TemplateError as error:
+        except Exception as error:  # templates are programs, and raise what they like
             raise invalid("messages", f"the model's chat template refuses them: {error}") from None
         return text
 

@@ -36,6 +36,7 @@ _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls",
 }  # fmt: skip
+_LEFT_OUT = _NEUTRAL.keys() | _WITHOUT_EFFECT
 
 
 def _listed(given: Any) -> Any:
@@ -113,7 +114,7 @@ class _Asked(_Body):
         for name, neutral in _NEUTRAL.items():
             if given.get(name) is not None and not any(_same(given[name], value) for value in neutral):
                 raise invalid(name, f"{name} is not offered by this server; leave it out", "unsupported_parameter")
-        return {name: value for name, value in given.items() if name not in {*_NEUTRAL, *_WITHOUT_EFFECT}}
+        return {name: value for name, value in given.items() if name not in _LEFT_OUT}
 
 
 class ChatBody(_Asked):
@@ -163,11 +164,6 @@ class RerankBody(_Body):
     ]
     top_n: Whole | None = None
     return_documents: bool = False
-
-    @property
-    def texts(self) -> list[str]:
-        """The documents."""
-        return [document.text for document in self.documents]
 
 
 def _same(one: Any, other: Any) -> bool:

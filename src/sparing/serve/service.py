@@ -7,10 +7,12 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+
+from starlette.types import Receive
 
 from sparing.core.method import Method
 from sparing.core.ranker import Ranker, parse_ranker
@@ -22,7 +24,9 @@ from sparing.serve.metrics import Metrics
 from sparing.serve.prompts import Prompts
 from sparing.serve.refusals import Refusal, shutting_down
 from sparing.serve.runner import Completion, complete, compress, rank
+from sparing.serve.sampling import Sampling
 from sparing.serve.settings import Settings
+from sparing.serve.streams import while_connected
 from sparing.serve.worker import Job, Worker
 
 T = TypeVar("T")
@@ -50,13 +54,15 @@ class Service:
         self.costs = self.worker.start()
         self.memory = MemoryBudget(settings.memory)
         self.documents = Documents(self.memory)
-        self.name = Path(loaded.name).name if Path(loaded.name).is_dir() else loaded.name
+        folder = Path(loaded.name).expanduser()
+        self.name = folder.resolve().name if folder.is_dir() else loaded.name
         self.created = int(time.time())
         self.prompts = Prompts(copy.deepcopy(loaded.tokenizer))  # another thread decodes with the original
         self.metrics = Metrics(self)
         self._accepted: dict[Job, None] = {}  # in order
         self._seconds = 0.0  # that a request is worked on, as a moving mean
         self._tokenizing = ThreadPoolExecutor(1, "sparing-tokenizer")
+        self._encoding = 0  # requests whose texts are there, or wait for it
 
     def connect(self) -> None:
         """Events go to this loop from now on."""
@@ -84,8 +90,17 @@ class Service:
         return len(self._accepted) - self.live
 
     async def tokenize(self, encode: Callable[..., T], *given: Any) -> T:
-        """Run a method of `prompts` without holding up other requests."""
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode, *given)
+        """Run a method of `prompts` without holding up other requests.
+
+        Raises:
+            Refusal: too many wait for that already.
+        """
+        self._check_queue(self._encoding)
+        self._encoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, encode, *given)
+        finally:
+            self._encoding -= 1
 
     def check_model(self, name: str) -> None:
         """Refuse another model than the one that is served.
@@ -98,22 +113,33 @@ class Service:
 
     # -- letting in ---------------------------------------------------------------------------------------------
 
-    def start_completion(self, asked: Completion) -> Job:
+    def start_completion(
+        self, token_ids: Sequence[int], cache_key: str | None, limit: int | None, default: int, stop: Sequence[str],
+        sampling: Sampling,
+    ) -> Job:  # fmt: skip
         """Begin an answer.
 
+        Args:
+            cache_key: of the document that it goes on from, if any.
+            limit: tokens that it may have at most; without, `default`, or as many as the model has room for.
+
         Raises:
-            Refusal: too long for the model, too large for the memory, or too much at the moment.
+            Refusal: no such document, too long for the model, too large for the memory, or too much at the moment.
         """
-        document = asked.document
+        # Looked up last: while the tokenizer ran the document may have given way to another one. And looked up here:
+        # a route that waits for the answer would hold on to a document that is deleted meanwhile.
+        document = None if cache_key is None else self.documents.get(cache_key)
         known = 0 if document is None else len(document.token_ids)
-        self._check_length(known + len(asked.token_ids), asked.max_tokens, "max_tokens")
+        max_tokens = limit or max(1, min(default, self.room(known + len(token_ids))))
+        self._check_length(len(token_ids), max_tokens, "max_tokens", known)
         if document is None:
-            held = self.costs.reading(len(asked.token_ids))
-            size = held + self.costs.growing(held, asked.max_tokens)
+            held = self.costs.reading(len(token_ids))
+            size = held + self.costs.growing(held, max_tokens)
         else:
             held = document.usage.bytes_kept
-            size = held + self.costs.growing(held, len(asked.token_ids) + asked.max_tokens)
-        job = Job(lambda runner, post: complete(runner, asked, post), document, asked.max_tokens)
+            size = held + self.costs.growing(held, len(token_ids) + max_tokens)
+        asked = Completion(token_ids, document, max_tokens, stop, sampling)
+        job = Job(lambda runner, post: complete(runner, asked, post), document, max_tokens)
         self._let_in(job, size)
         return job
 
@@ -129,15 +155,26 @@ class Service:
         return job
 
     def start_ranking(self, query: str, documents: Sequence[str], tokens: int) -> Job:
-        """Begin to rank documents, which have so many tokens.
+        """Begin to rank documents, in a prompt of so many tokens.
 
         Raises:
             Refusal: as `start_completion`.
         """
         self._check_length(tokens, 0, "documents")
         job = Job(lambda runner, post: rank(runner, self.ranker, query, documents, post))
-        self._let_in(job, self.costs.reading(tokens))
+        self._let_in(job, self.costs.growing(0, tokens))  # nothing of it is compressed
         return job
+
+    async def answer(self, job: Job, receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of what waits for a job; None, and the job is cancelled, if the client goes away before.
+
+        Raises:
+            Refusal: the job failed.
+        """
+        try:
+            return await while_connected(receive, work)
+        finally:
+            self.cancel(job)
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for it any more; if it has not ended, it does before its next step."""
@@ -151,12 +188,19 @@ class Service:
         """How many tokens an answer may have after so many of prompt."""
         return 2**31 if self.loaded.max_length is None else self.loaded.max_length - tokens
 
-    def _check_length(self, tokens: int, new_tokens: int, param: str) -> None:
-        if tokens == 0:
+    def _check_length(self, given: int, new_tokens: int, param: str, known: int = 0) -> None:
+        """Refuse nothing, and too much: so many tokens, behind those of a document."""
+        if given == 0:
             raise Refusal(400, "there is no token in it", "invalid_value", param)
+        tokens = known + given
         if self.room(tokens) < new_tokens:
             message = f"{tokens} tokens and {new_tokens} to be written are more than the {self.loaded.max_length}"
             raise Refusal(400, f"{message} that the model was made for", "context_length_exceeded", param)
+
+    def _check_queue(self, requests: int) -> None:
+        if requests >= self.settings.max_concurrent + self.settings.max_queue:
+            message = f"{requests} requests are being worked on or wait already"
+            raise Refusal(429, message, "queue_full", retry_after=self._retry_after(1))
 
     def _let_in(self, job: Job, size: int) -> None:
         """Promise a job its bytes and a place."""
@@ -165,9 +209,7 @@ class Service:
         if size > self.memory.limit:
             message = f"needs up to {size:,} bytes of cache, more than all {self.memory.limit:,} of this server"
             raise Refusal(413, f"{message}; shorten the prompt, or ask for fewer tokens", "memory_budget_exceeded")
-        if len(self._accepted) >= self.settings.max_concurrent + self.settings.max_queue:
-            message = f"{len(self._accepted)} requests are being worked on or wait already"
-            raise Refusal(429, message, "queue_full", retry_after=self._retry_after(1))
+        self._check_queue(len(self._accepted))
         if job.document is not None:
             self.documents.pin(job.document)
         self.documents.make_room(size)
@@ -179,8 +221,8 @@ class Service:
         self.worker.submit(job)
 
     def _ends_until(self, size: int) -> int:
-        """How many of the accepted requests, in order, have to end until so many bytes are free."""
-        free = self.memory.free
+        """How many of the accepted requests, in order, have to end until so many bytes are free, or can be made so."""
+        free = self.documents.free
         for ends, job in enumerate(self._accepted, 1):
             free += self.memory.of(job)
             if free >= size:

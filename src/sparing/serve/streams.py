@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from sparing.serve.events import Ended, Event, Piece
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Event)
 
 # Seconds in which a client has to take the next part of a stream, once its buffers are full.
 SEND_SECONDS = 60.0
@@ -46,6 +47,20 @@ async def events_of(queue: asyncio.Queue[Event]) -> AsyncIterator[Event]:
             yield Piece(text)
 
 
+async def last_of(queue: asyncio.Queue[Event], kind: type[E]) -> E:
+    """The last event of one kind, once a job has ended well; there is one.
+
+    Raises:
+        Refusal: it failed.
+    """
+    found = None
+    async for happened in events_of(queue):
+        if isinstance(happened, kind):
+            found = happened
+    assert found is not None
+    return found
+
+
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of some work; None, and the work is cancelled, if the client goes away before."""
     worker, watcher = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
@@ -61,6 +76,11 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T |
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def gone() -> Response:
+    """The response to a client that is not there any more: nobody reads it."""
+    return Response(status_code=499)
 
 
 class EventStream(Response):

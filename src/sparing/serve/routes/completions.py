@@ -11,11 +11,10 @@ from sparing.serve.access import ServiceOf
 from sparing.serve.events import Done, Piece, Read
 from sparing.serve.refusals import Refusal
 from sparing.serve.replies import Json, Reply, event, usage_body
-from sparing.serve.runner import Completion
 from sparing.serve.sampling import Sampling
 from sparing.serve.schemas import ChatBody, CompletionBody
 from sparing.serve.service import Service
-from sparing.serve.streams import EventStream, events_of, while_connected
+from sparing.serve.streams import EventStream, events_of, gone
 from sparing.serve.worker import Job
 
 router = APIRouter()
@@ -52,21 +51,14 @@ async def _respond(
     default: int,
 ) -> Response:
     """Let the request in, and answer it whole or as a stream."""
-    # Looked up last: while the tokenizer ran the document may have given way to another one.
-    document = None if body.cache_key is None else service.documents.get(body.cache_key)
-    known = 0 if document is None else len(document.token_ids)
-    max_tokens = limit or max(1, min(default, service.room(known + len(token_ids))))
     sampling = Sampling(body.temperature, body.top_p, body.seed)
-    job = service.start_completion(Completion(token_ids, document, max_tokens, body.stop, sampling))
+    job = service.start_completion(token_ids, body.cache_key, limit, default, body.stop, sampling)
     counts_usage = body.stream_options.include_usage
     reply = Reply(service.name, service.loaded.fingerprint, isinstance(body, ChatBody), counts_usage)
     if body.stream:
         return EventStream(_streamed(job, reply), lambda: service.cancel(job))
-    try:
-        whole = await while_connected(request.receive, _whole(job, reply))
-    finally:
-        service.cancel(job)
-    return JSONResponse(whole) if whole is not None else Response(status_code=499)  # nobody reads the latter
+    whole = await service.answer(job, request.receive, _whole(job, reply))
+    return gone() if whole is None else JSONResponse(whole)
 
 
 async def _whole(job: Job, reply: Reply) -> Json:

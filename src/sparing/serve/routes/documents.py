@@ -9,9 +9,8 @@ from sparing.serve.access import ServiceOf
 from sparing.serve.events import DocumentRead
 from sparing.serve.replies import document_body
 from sparing.serve.schemas import DocumentBody
-from sparing.serve.streams import events_of, while_connected
+from sparing.serve.streams import gone, last_of
 from sparing.serve.text import token_texts
-from sparing.serve.worker import Job
 
 router = APIRouter()
 
@@ -24,12 +23,9 @@ async def create(body: DocumentBody, request: Request, service: ServiceOf) -> Re
     document = service.documents.find(key)
     if document is None:
         job = service.start_document(key, token_ids)
-        try:
-            read = await while_connected(request.receive, _read(job))
-        finally:
-            service.cancel(job)
+        read = await service.answer(job, request.receive, last_of(job.events, DocumentRead))
         if read is None:
-            return Response(status_code=499)  # nobody reads this
+            return gone()
         document = read.document
     return JSONResponse(document_body(document))
 
@@ -59,16 +55,3 @@ async def delete(cache_key: str, service: ServiceOf) -> Response:
     """Forget a document; requests that were accepted before still get their answers."""
     service.documents.delete(service.documents.get(cache_key))
     return JSONResponse({"cache_key": cache_key, "object": "document.deleted", "deleted": True})
-
-
-async def _read(job: Job) -> DocumentRead | None:
-    """Wait for a document.
-
-    Raises:
-        Refusal: it failed.
-    """
-    read = None
-    async for happened in events_of(job.events):
-        if isinstance(happened, DocumentRead):
-            read = happened
-    return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,8 +13,7 @@ from sparing.reranking import Ranked
 from sparing.serve.access import ServiceOf
 from sparing.serve.events import Ranking
 from sparing.serve.schemas import RerankBody
-from sparing.serve.streams import events_of, while_connected
-from sparing.serve.worker import Job
+from sparing.serve.streams import gone, last_of
 
 router = APIRouter()
 
@@ -22,33 +22,18 @@ router = APIRouter()
 async def rerank(body: RerankBody, request: Request, service: ServiceOf) -> Response:
     """Rank documents by the model's attention. The prompt is read in one step, so other requests wait for it."""
     service.check_model(body.model)
-    tokens = await service.tokenize(service.prompts.count, [body.query, *body.texts])
-    job = service.start_ranking(body.query, body.texts, tokens)
-    try:
-        ranked = await while_connected(request.receive, _ranking(job))
-    finally:
-        service.cancel(job)
-    if ranked is None:
-        return Response(status_code=499)  # nobody reads this
-    results = [_result(each, body) for each in ranked[: body.top_n]]
+    texts = [document.text for document in body.documents]
+    tokens = await service.tokenize(service.prompts.ranking, body.query, texts)
+    job = service.start_ranking(body.query, texts, tokens)
+    ranking = await service.answer(job, request.receive, last_of(job.events, Ranking))
+    if ranking is None:
+        return gone()
+    results = [_result(each, texts if body.return_documents else None) for each in ranking.ranked[: body.top_n]]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     number = f"rerank-{uuid.uuid4().hex}"
     return JSONResponse({"id": number, "object": "list", "model": service.name, "results": results, "usage": usage})
 
 
-def _result(each: Ranked, body: RerankBody) -> dict[str, Any]:
+def _result(each: Ranked, texts: Sequence[str] | None) -> dict[str, Any]:
     result: dict[str, Any] = {"index": each.document, "relevance_score": each.score}
-    return result | ({"document": {"text": body.texts[each.document]}} if body.return_documents else {})
-
-
-async def _ranking(job: Job) -> list[Ranked] | None:
-    """Wait for a ranking.
-
-    Raises:
-        Refusal: it failed.
-    """
-    ranked = None
-    async for happened in events_of(job.events):
-        if isinstance(happened, Ranking):
-            ranked = happened.ranked
-    return ranked
+    return result if texts is None else {**result, "document": {"text": texts[each.document]}}
