@@ -128,6 +128,7 @@ def test_generate_streams_an_answer_and_says_what_was_kept(tmp_path: Path) -> No
 BAD = {
     "unknown method": (["compare", "--methods", "snapvk"], "did you mean snapkv"),
     "unknown allocator": (["compare", "--methods", "snapkv+adaptve"], "did you mean adaptive"),
+    "unknown field beside a draft": (["compare", "--methods", "speckv(draft=no/such,windw=3)"], "did you mean window"),
     "unknown field": (["compare", "--methods", "snapkv(windw=3)"], "did you mean window"),
     "keep above 1": (["compare", "--keep", "1.5"], "ratio in (0, 1]"),
     "keep of 0": (["compare", "--keep", "0.0"], "ratio in (0, 1]"),

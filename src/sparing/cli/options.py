@@ -61,11 +61,14 @@ def command_line() -> str:
 
 
 def whole_numbers(what: str, text: str) -> list[int]:
-    """Comma-separated."""
+    """Comma-separated; at least one."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise InvalidInputError(what, text, "whole numbers, comma-separated") from None
+        found = []
+    if not found:
+        raise InvalidInputError(what, text, "whole numbers, comma-separated")
+    return found
 
 
 def count_or_share(what: str, text: str) -> int | float:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sparing.compare.store import row_key
 from sparing.errors import InputFileError
 
 
@@ -25,6 +27,11 @@ class Record:
     text: str
     domain: str
     row: dict[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """Of its row of scores."""
+        return row_key({"domain": self.domain, "id": self.id})
 
 
 def find_shards(inputs: Sequence[str | Path]) -> list[Path]:

@@ -105,11 +105,10 @@ def _batches(records: Iterable[Record], max_tokens: int, batch_tokens: int) -> I
     iterator = iter(records)
     while window := list(itertools.islice(iterator, WINDOW)):
         for record in window:
-            key = row_key({"domain": record.domain, "id": record.id})
-            if key in seen:
+            if record.key in seen:
                 allowed = "ids that differ within a domain"
                 raise InvalidInputError("id", record.id, allowed, "leave ids out to name records by file and line")
-            seen.add(key)
+            seen.add(record.key)
         batch: list[tuple[str, str, str, str]] = []
         longest = 0
         # A character is at most about one token; what counts is that texts of like length meet.
@@ -118,8 +117,7 @@ def _batches(records: Iterable[Record], max_tokens: int, batch_tokens: int) -> I
             if batch and max(longest, size) * (len(batch) + 1) > batch_tokens:
                 yield Batch(tuple(batch))
                 batch, longest = [], 0
-            key = row_key({"domain": record.domain, "id": record.id})
-            batch.append((key, record.id, record.domain, record.text))
+            batch.append((record.key, record.id, record.domain, record.text))
             longest = max(longest, size)
         yield Batch(tuple(batch))
 

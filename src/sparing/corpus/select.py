@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparing.compare.store import read_rows, row_key
+from sparing.compare.store import read_rows
 from sparing.core.scores import count_of
 from sparing.corpus.reader import read_records
 from sparing.errors import InputFileError, OutputError, require
@@ -68,11 +68,10 @@ def select_top(
     try:
         with scratch.open("w", encoding="utf-8") as out:
             for record in read_records(inputs, domain):
-                key = row_key({"domain": record.domain, "id": record.id})
-                if key not in known:
+                if record.key not in known:
                     raise InputFileError(scored, f"holds no score for {record.id}", "score the corpus to its end first")
-                if key in chosen:
-                    out.write(json.dumps(record.row | {"influence": chosen[key]}, ensure_ascii=False) + "\n")
+                if record.key in chosen:
+                    out.write(json.dumps(record.row | {"influence": chosen[record.key]}, ensure_ascii=False) + "\n")
         os.replace(scratch, target)
     except OSError as error:
         raise OutputError(target, str(error)) from error
