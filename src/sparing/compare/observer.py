@@ -119,13 +119,13 @@ class Observer:
         assert self._store is not None, "nobody was introduced"
         for job, done in self._pool.run(self._jobs(wanted, show)):
             job, done = cast(Job, job), cast(Done, done)
+            if done.example is not None:  # first: a context that is known is not read again for it
+                done.example.save(self._folder / EXAMPLES)
             for contestant, observation in zip(job.readers, done.observations, strict=True):
                 key = self.key(contestant, job.cell, context=job.index)
                 if key not in self._known:
                     self._store.append({"key": key, "observation": asdict(observation)})
                     self._known[key] = observation
-            if done.example is not None:
-                done.example.save(self._folder / EXAMPLES)
             self.seconds[job.cell] = done.seconds
             self.progress(self.cells[job.cell])
 
@@ -154,15 +154,15 @@ class Observer:
         """The hash of what makes an observation or a row what it is; `contexts`: of which contexts of the cell."""
         return row_key(self.identity(contestant, cell) | {"method": self.parameters(contestant)} | contexts)
 
-    def identity(self, contestant: Contestant, number: int) -> Row:
+    def identity(self, contestant: Contestant, cell: int) -> Row:
         """Who on what, as rows say it."""
-        cell = self.cells[number]
+        where = self.cells[cell]
         return {
             "model": self.spec.name,
             "fingerprint": self.facts.fingerprint,
             "method": contestant.name,
-            "task": cell.task.label,
-            "mode": cell.mode,
-            "length": cell.length,
+            "task": where.task.label,
+            "mode": where.mode,
+            "length": where.length,
             "seed": self.seed,
         }
