@@ -114,8 +114,8 @@ class Recipe:
             InputFileError: it is another one.
         """
         if fingerprint != self.fingerprint:
-            problem = f"was made for another model than {self.model.name} is now ({self.fingerprint})"
-            raise InputFileError(self.folder, problem, "tune again for this one")
+            problem = f"was made for another model than {self.model.name} is now, or for another dtype"
+            raise InputFileError(self.folder, problem, "leave other models and dtypes out, or tune again")
 
     def save(self, path: str | Path) -> Recipe:
         """Write the recipe, and the files that it needs beside it.

@@ -33,7 +33,6 @@ from sparing.core.method import Method
 from sparing.core.parsing import parse_method
 from sparing.core.prefill import as_said
 from sparing.errors import (
-    InputFileError,
     InvalidInputError,
     MethodRefusedError,
     MissingExtraError,
@@ -99,9 +98,8 @@ class SparingLM(HFLM):
             raise UnsupportedModelError(spec.name, "is no causal language model", "use the harness's own `hf`")
         mark = fingerprint(self.model)
         drafts.check(LoadedModel(spec, self.model, self.tokenizer, mark, self.max_length))
-        if chosen is not None and chosen.fingerprint != mark:
-            problem = f"was made for another model than {spec.name} is now, or for another dtype"
-            raise InputFileError(str(recipe), problem, "leave `pretrained` and `dtype` out, or tune again")
+        if chosen is not None:
+            chosen.check_model(mark)
         self._session = use(self.model, self.method)  # refuses what cannot work before the requests are built
         if self.batch_size != 1 and not self.method.keeps_all and self.method.parts().scorer.replays:
             problem = "replays the prompt, which it can do for one sequence at a time only"
