@@ -101,7 +101,7 @@ def test_a_recipe_that_is_no_longer_so_is_refused_before_anything_is_read(values
     done = sparing("compare", "--recipe", tmp_path / "recipe.json", "--out", tmp_path / "out")
     assert done.code == 2
     assert said in done.errors[0]
-    assert not (tmp_path / "out" / "results.jsonl").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_generate_runs_the_recipe(tuned, sparing, mine, tmp_path):

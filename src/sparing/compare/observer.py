@@ -6,10 +6,10 @@ goes on at the first context that is missing, whoever asks for it next.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -56,11 +56,9 @@ class Observer:
         self._parameters: dict[Contestant, str] = {}
         self._refused: dict[Contestant, MethodRefusedError] = {}
         self._pool: Pool[Job | Introduction, Done | Facts] = Pool(
-            functools.partial(ContextWorker, spec, tuple(cells), seed), cluster
+            partial(ContextWorker, spec, tuple(cells), seed), cluster
         )
         self._folder = folder
-        self._store: ResultStore | None = None
-        self._known: dict[str, Observation] = {}
 
     def __enter__(self) -> Observer:
         return self
@@ -69,8 +67,17 @@ class Observer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.__exit__(kind, error, trace)
-        if self._store is not None:
+        if "_store" in vars(self):
             self._store.close()
+
+    @cached_property
+    def _store(self) -> ResultStore:
+        """Opened when it is first asked for, so that what can't begin leaves no folder."""
+        return ResultStore(self._folder / FOLDER)
+
+    @cached_property
+    def _known(self) -> dict[str, Observation]:
+        return {row["key"]: Observation(**row["observation"]) for row in self._store.rows()}
 
     @property
     def facts(self) -> Facts:
@@ -79,12 +86,10 @@ class Observer:
         return self._facts
 
     def introduce(self, contestants: Iterable[Contestant]) -> dict[Contestant, MethodRefusedError]:
-        """Have a worker meet contestants, each once: those that can't work on the model, and why.
-
-        Nothing is written before the first time that this has gone well.
+        """Have a worker meet contestants, each once: those that can't work on the model, and why. Nothing is written.
 
         Raises:
-            SparingError: the model can't be loaded, a contestant's text is no method, or the folder can't be written.
+            SparingError: the model can't be loaded, or a contestant's text is no method.
         """
         everybody = tuple(dict.fromkeys((GATE, *contestants)))
         new = tuple(each for each in everybody if each not in self._parameters)
@@ -96,9 +101,6 @@ class Observer:
             refused = zip(new, self._facts.refused, strict=True)
             self._refused.update((contestant, error) for contestant, error in refused if error is not None)
             self.ready = self.ready or time.perf_counter() - began
-        if self._store is None:
-            self._store = ResultStore(self._folder / FOLDER)
-            self._known = {row["key"]: Observation(**row["observation"]) for row in self._store.rows()}
         return {each: self._refused[each] for each in everybody if each in self._refused}
 
     def parameters(self, contestant: Contestant) -> str:
@@ -116,7 +118,6 @@ class Observer:
             SparingError: a task does not fit the model, a method refuses it, or the folder can't be written; what was
                 done before is kept.
         """
-        assert self._store is not None, "nobody was introduced"
         for job, done in self._pool.run(self._jobs(wanted, show)):
             job, done = cast(Job, job), cast(Done, done)
             if done.example is not None:  # first: a context that is known is not read again for it
