@@ -112,6 +112,7 @@ def test_the_users_own_file(tmp_path: Path) -> None:
     assert {row["length"] for row in rows(out)} == {None}
 
 
+@pytest.mark.slow
 def test_generate_streams_an_answer_and_says_what_was_kept(tmp_path: Path) -> None:
     context = tmp_path / "context.txt"
     context.write_text("The grass is green. " * 40 + "The special magic number for old river is: 48213. ", "utf-8")
@@ -219,6 +220,7 @@ def test_a_disk_that_takes_no_more_is_said_and_earlier_rows_stay(finished: Path,
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_was_measured(tmp_path: Path) -> None:
     words = ["compare", *QUICK, "--samples", "50", "--tasks", "needle_single", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

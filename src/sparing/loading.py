@@ -165,7 +165,6 @@ class Drafts:
     def __init__(self, spec: ModelSpec) -> None:
         self._spec = spec
         self._loaded: dict[str, LoadedModel] = {}
-        self._checked: set[str] = set()
 
     def __call__(self, name: str) -> Any:
         """The model of that name, see `ModelSpec.load`."""
@@ -179,12 +178,10 @@ class Drafts:
         Raises:
             MethodRefusedError: one does.
         """
-        for name in self._loaded.keys() - self._checked:
-            draft = self._loaded[name]
+        for name, draft in self._loaded.items():
             if draft.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
                 problem = f"the draft model has another tokenizer than {loaded.name}"
                 raise MethodRefusedError(name, problem, "use a draft model with the same tokenizer")
-            self._checked.add(name)
 
 
 def _check_device(place: str) -> None:

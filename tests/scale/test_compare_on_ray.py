@@ -20,7 +20,7 @@ from sparing.tasks import registry
 CONTESTANTS = [Contestant("snapkv", 0.5), Contestant("keydiff+adaptive", 0.25), Contestant("xattention & knorm", 0.5)]
 CELLS = [Cell(registry.get(task), "query-agnostic", 128, (0, 1, 2)) for task in ("needle_single", "perplexity")]
 TIMES = ("prefill_s", "decode_s_per_token", "peak_rss_bytes")
-pytestmark = pytest.mark.usefixtures("ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray")]
 
 
 def swept(folder, cluster, progress=lambda cell: None):
@@ -48,7 +48,6 @@ def our_workers():
     return found
 
 
-@pytest.mark.slow
 def test_rows_are_the_same_in_this_process_on_ray_and_when_a_worker_is_killed(tmp_path):
     killed = []
 
@@ -64,7 +63,6 @@ def test_rows_are_the_same_in_this_process_on_ray_and_when_a_worker_is_killed(tm
     assert len(here) == 8
 
 
-@pytest.mark.slow
 def test_a_driver_that_was_stopped_goes_on_where_it_was(tmp_path):
     count = 0
 
@@ -90,7 +88,6 @@ def test_an_error_in_a_worker_has_its_own_type_here(tmp_path):
         observer.introduce([Contestant("snapvk", 0.5)])
 
 
-@pytest.mark.slow
 def test_a_tuning_on_ray_finds_what_one_here_finds(tmp_path):
     pytest.importorskip("optuna", reason="the extra sparing[tune] is not installed")
     from sparing.tune import Request, tune

@@ -34,6 +34,7 @@ def equal(a, b):
     assert errors == (None, None) or torch.equal(*errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["induction", "qrhead", "retrieval"])
 def test_means_and_others_are_the_same_here_and_on_ray(name, ray):
     alone = of_one_process(name)
@@ -41,6 +42,7 @@ def test_means_and_others_are_the_same_here_and_on_ray(name, ray):
         equal(measure(Measurement(ModelSpec(), parse_scorer(name), SETTINGS), cluster), alone)
 
 
+@pytest.mark.slow
 def test_the_stop_rule_stops_at_the_same_sample_on_ray(ray):
     settings = Settings(samples=30, length=160, batch_size=1, stop=StopRule(patience=3))
     here, there = (

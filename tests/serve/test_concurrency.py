@@ -77,6 +77,7 @@ async def ask_all(url: str, prompts: list[str]) -> list[str]:
         return await asyncio.gather(*(ask(number, prompt) for number, prompt in enumerate(prompts)))
 
 
+@pytest.mark.slow
 def test_hundreds_of_requests_sixteen_at_a_time(live: Live, loaded: LoadedModel) -> None:
     prompts, values = facts(REQUESTS)
     answers = asyncio.run(ask_all(live.url, prompts))
