@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from sparing.adapters.attach import Registration
-from sparing.adapters.attention import AttentionResult, base_attention
+from sparing.adapters.attention import AttentionResult, base_attention, softmax_of
 from sparing.adapters.handles import LastUpdated
 from sparing.adapters.lens import ModelLens
 from sparing.adapters.masks import lazy_mask, mask_for_base
@@ -147,7 +147,7 @@ def _attention_over(base: str) -> Callable[..., AttentionResult]:
         for extra in _REFUSED:
             if kwargs.get(extra) is not None:
                 raise UnsupportedModelError(name, f"its attention uses {extra}, which segments do not know", _FIX)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scale = softmax_of(query, scaling, kwargs).scaling
         return layer.cache.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
 
     return attention

@@ -34,6 +34,16 @@ class PromptText(Protocol):
         ...
 
 
+def before_query(text: PromptText, documents: Iterable[str]) -> tuple[list[int], list[Span]]:
+    """The prompt up to its last document; see `numbered`."""
+    return numbered([*text.before, *text(OPENING)], (text(" " + document) for document in documents), text)
+
+
+def from_query(text: PromptText, query: str) -> list[int]:
+    """The rest of the prompt, up to where the answer begins."""
+    return [*text(QUERY.format(query=query)), *text.after]
+
+
 def numbered(
     opening: Sequence[int], bodies: Iterable[Sequence[int]], encode: Callable[[str], list[int]]
 ) -> tuple[list[int], list[Span]]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparing.core.ranking_prompt import NUMBER, OPENING, QUERY
+from sparing.core.ranking_prompt import before_query, from_query
+from sparing.errors import InvalidInputError
+from sparing.reranking import TokenizedText
 from sparing.serve.refusals import Refusal, invalid
 from sparing.tasks.encoding import Encoder
 
@@ -45,10 +47,13 @@ class Prompts:
         """How many tokens a prompt has in which documents are ranked.
 
         Raises:
-            Refusal: as `chat`.
+            Refusal: the chat template cannot be used.
         """
-        bodies = (f"{NUMBER.format(number=number)} {document}" for number, document in enumerate(documents, 1))
-        return len(self.chat([{"role": "user", "content": OPENING + "".join(bodies) + QUERY.format(query=query)}]))
+        try:
+            text = TokenizedText(self.tokenizer)
+        except InvalidInputError as error:
+            raise invalid("documents", str(error)) from None
+        return len(before_query(text, documents)[0]) + len(from_query(text, query))
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """A chat, up to where the answer begins.

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sparing.core.lens import Lens
 from sparing.core.ranker import Ranker, register_ranker, require_finite, require_fits
-from sparing.core.ranking_prompt import NO_QUERY, OPENING, QUERY, PromptText, numbered
+from sparing.core.ranking_prompt import NO_QUERY, PromptText, before_query, from_query
 from sparing.measures.documents import document_scores, total_query_attention
 
 TOO_LONG = "give fewer documents (the best of a first-stage ranking) or shorter ones"
@@ -58,10 +58,8 @@ class ICR(Ranker):
     def score(self, lens: Lens, text: PromptText, queries: Sequence[str], documents: Sequence[str]) -> Tensor:
         """See `Ranker.score`."""
         heads = self.chosen(lens)
-        order = range(len(documents) - 1, -1, -1) if self.reverse else range(len(documents))
-        bodies = [text(" " + documents[index]) for index in order]
-        ids, spans = numbered([*text.before, *text(OPENING)], bodies, text)
-        endings = [[*text(QUERY.format(query=query)), *text.after] for query in (NO_QUERY, *queries)]
+        ids, spans = before_query(text, reversed(documents) if self.reverse else documents)
+        endings = [from_query(text, query) for query in (NO_QUERY, *queries)]
         require_fits(lens, len(ids) + max(map(len, endings)), TOO_LONG)
         prefix = lens.prefix(torch.tensor([ids]))
 
